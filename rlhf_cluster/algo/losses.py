@@ -1,0 +1,132 @@
+"""The losses of the three stages.
+
+Takes what a forward pass gave - logprobs, values, scores - and gives sums over tokens, or the mean over one prompt's
+pairs. It never divides by a micro-batch: the caller divides by the tokens (or prompts) of the global minibatch, so that
+neither the micro-batch split nor the number of ranks changes the gradient. Right-padded [B, T] float32 with a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf_cluster.algo.masked import at_tokens, masked_sum, mean_var, moments
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyLoss:
+    """Scalars over the real tokens of one micro-batch; only `loss_sum` carries a gradient."""
+
+    loss_sum: Tensor
+    pg_clipfrac_sum: Tensor  # tokens whose clipped loss is the larger
+    ppo_kl_sum: Tensor  # 0.5 * (logprobs - old_logprobs)^2: distance from the policy before the update
+    ratio_max: Tensor  # largest ratio; 0 (no ratio is) where there is no token
+    ratio_min: Tensor  # smallest ratio; inf where there is no token
+
+
+@dataclass(frozen=True, eq=False)
+class ValueLoss:
+    """Scalars over the real tokens of one micro-batch; only `loss_sum` carries a gradient."""
+
+    loss_sum: Tensor
+    vf_clipfrac_sum: Tensor  # tokens whose clipped error is the larger
+
+
+@dataclass(frozen=True, eq=False)
+class RankingLoss:
+    """One prompt's ranking: `loss` is the mean over its kept pairs, with gradient; the rest are sums over them."""
+
+    loss: Tensor
+    pairs: Tensor  # pairs of unequal rank
+    correct_pairs: Tensor  # of these, the pairs whose better response has the higher score
+    margin_sum: Tensor  # score of the better minus score of the worse
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
+    """The clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), as a loss, summed over tokens.
+
+        rho_t = exp(logprobs_t - old_logprobs_t)        L = sum_t max(-A_t rho_t, -A_t clip(rho_t, 1 - c, 1 + c))
+
+    A token may be made more or less likely by a factor of 1 + c or 1 - c before it stops to pull. All [B, T]; the
+    gradient flows into `logprobs` alone. An empty mask gives zero loss and zero gradient.
+    """
+    log_ratio = at_tokens(logprobs - old_logprobs.detach(), mask)
+    ratio = log_ratio.exp()
+    advantages = at_tokens(advantages.detach(), mask)
+    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    seen = ratio.detach()[mask.bool()]
+    return PolicyLoss(
+        loss_sum=masked_sum(torch.maximum(free, held), mask),
+        pg_clipfrac_sum=masked_sum((held > free).float(), mask),
+        ppo_kl_sum=masked_sum(0.5 * log_ratio.detach().square(), mask),
+        ratio_max=torch.cat([seen, seen.new_zeros(1)]).max(),
+        ratio_min=torch.cat([seen, seen.new_full((1,), float("inf"))]).min(),
+    )
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, value_clip: float) -> ValueLoss:
+    """The clipped squared error of the critic, summed over tokens (lm-human-preferences, Ziegler et al. 2019).
+
+        L = sum_t 1/2 max((V_t - R_t)^2, (clip(V_t, Vold_t - c, Vold_t + c) - R_t)^2)
+
+    A value that has moved more than c towards its return stops to be pulled. Not in InstructGPT. All [B, T]; the
+    gradient flows into `values` alone. An empty mask gives zero loss and zero gradient.
+    """
+    values, old_values = at_tokens(values, mask), at_tokens(old_values.detach(), mask)
+    returns = at_tokens(returns.detach(), mask)
+    held = values.clamp(old_values - value_clip, old_values + value_clip)
+    free_error, held_error = (values - returns).square(), (held - returns).square()
+    return ValueLoss(
+        loss_sum=masked_sum(0.5 * torch.maximum(free_error, held_error), mask),
+        vf_clipfrac_sum=masked_sum((held_error > free_error).float(), mask),
+    )
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor) -> RankingLoss:
+    """The reward model's loss on one prompt (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+
+        L = -1 / |kept pairs| * sum_{(w, l)} log sigmoid(r_w - r_l)
+
+    scores [K], ranks [K], 1 the best. All pairs of a prompt are one batch element; pairs of equal rank say nothing and
+    are dropped, so C(K, 2) becomes the number of kept pairs. Only ties (or K = 1): zero loss, zero gradient, zero
+    pairs. The caller takes the mean over prompts, not over pooled pairs.
+    """
+    margins = scores.unsqueeze(1) - scores.unsqueeze(0)
+    margins = margins[ranks.unsqueeze(1) < ranks.unsqueeze(0)]
+    return RankingLoss(
+        loss=-logsigmoid(margins).sum() / max(len(margins), 1),
+        pairs=torch.tensor(len(margins), device=scores.device),
+        correct_pairs=(margins.detach() > 0).sum(),
+        margin_sum=margins.detach().sum(),
+    )
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Negative log-likelihood of the demonstrations' response tokens, EOS among them (Ouyang et al. 2022, section 3.5).
+
+        L = -sum_t log pi(a_t)
+
+    Both [B, T] or [N]. Returns the scalar sum, with gradient; 0 for an empty mask.
+    """
+    return -masked_sum(logprobs, mask)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """How much of the returns' variance the critic foresaw: 1 all, 0 no better than a constant, negative worse.
+
+        1 - Var(R - V) / Var(R)
+
+    All [B, T]; returns a float64 scalar, 0 where the returns do not vary (or there is no token).
+    """
+    return explained_variance_of(moments(returns - values, mask), moments(returns, mask))
+
+
+def explained_variance_of(residual_moments: Tensor, return_moments: Tensor) -> Tensor:
+    """`explained_variance` of `moments(returns - values, mask)` and `moments(returns, mask)`, added up over ranks."""
+    (_, residual), (mean, total) = mean_var(residual_moments), mean_var(return_moments)
+    # Equal returns leave a variance of rounding errors, not always of 0.
+    varied = total > 1e-12 * mean.square()
+    return torch.where(varied, 1 - residual / total.where(varied, torch.ones_like(total)), torch.zeros_like(total))

@@ -1,0 +1,140 @@
+"""rlhf-cluster COMMAND: what a person types. Parses, calls one function of the package, and turns errors into a sentence
+and an exit code: 0 done, 1 failed, 2 refused before anything started, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlhf_cluster.config import ConfigError, RunConfig, load, load_file, to_yaml
+
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point of the console script."""
+    args = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _as_interrupt)  # a stopped job ends as one that was interrupted: cleanly
+    try:
+        return int(args.command(args) or 0)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from what is finished", file=sys.stderr)
+        return INTERRUPTED
+    except refusals() as error:
+        print(f"rlhf-cluster: {error}", file=sys.stderr)
+        return REFUSED
+    except Exception as error:
+        if args.traceback:
+            raise
+        print(f"rlhf-cluster: {_told(error)} (--traceback shows where)", file=sys.stderr)
+        return FAILED
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """Errors that speak of the input: nothing was started."""
+    from rlhf_cluster.data.rows import DataError
+    from rlhf_cluster.models import ModelError
+
+    return ConfigError, DataError, ModelError
+
+
+def _told(error: BaseException) -> str:
+    """The sentence of the first real error: task groups wrap what went wrong."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="rlhf-cluster", description="InstructGPT's three steps as a distributed system.")
+    top.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        return sub
+
+    for name, function, text in (
+        ("run", run, "run the stages of a config, here"),
+        ("config", show_config, "print the resolved config and start nothing"),
+    ):
+        _config_arguments(command(name, function, text))
+    data = command("data", data_check, "say what a data file is and what would be dropped")
+    data.add_argument("action", choices=["check"])
+    data.add_argument("path", type=Path)
+    data.add_argument("--model", help="tokenizer for token lengths: a Hugging Face directory")
+    chat = command("chat", chat_with, "talk to the result of a run in the terminal")
+    chat.add_argument("run_dir", type=Path)
+    chat.add_argument("--max-tokens", type=int, default=128)
+    chat.add_argument("--temperature", type=float, default=1.0)
+    generate = command("generate", generate_file, "answer the prompts of a file with the result of a run")
+    generate.add_argument("run_dir", type=Path)
+    generate.add_argument("prompts", type=Path)
+    generate.add_argument("--output", type=Path, help="jsonl to write; default: the terminal")
+    command("doctor", doctor, "check this machine and say how to mend what is wrong")
+    return top
+
+
+def _config_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--stage", default="pipeline", help="the primary config: pipeline, sft, rm or ppo")
+    sub.add_argument("--config", type=Path, help="a resolved config file instead of overrides")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe=quickstart ppo.kl.coef=0.05 ...")
+
+
+def config_of(args: argparse.Namespace) -> RunConfig:
+    if args.config is None:
+        return load(args.overrides, args.stage)
+    if args.overrides:
+        raise ConfigError(f"--config {args.config} is resolved already; leave out {' '.join(args.overrides)}")
+    return load_file(args.config)
+
+
+def run(args: argparse.Namespace) -> None:
+    cfg = config_of(args)
+    from rlhf_cluster import pipeline
+    from rlhf_cluster.telemetry.quiet import quiet_libraries
+
+    quiet_libraries()
+    pipeline.run(cfg, args.overrides)
+
+
+def show_config(args: argparse.Namespace) -> None:
+    print(to_yaml(config_of(args)), end="")
+
+
+def data_check(args: argparse.Namespace) -> None:
+    from rlhf_cluster.data.check import check
+    from rlhf_cluster.models.tokenizer import load_tokenizer
+
+    print(check(str(args.path), load_tokenizer(Path(args.model)) if args.model else None))
+
+
+def chat_with(args: argparse.Namespace) -> None:
+    from rlhf_cluster.chat import chat
+    from rlhf_cluster.results import result_policy
+
+    chat(result_policy(args.run_dir), args.max_tokens, args.temperature)
+
+
+def generate_file(args: argparse.Namespace) -> None:
+    from rlhf_cluster.generate import generate
+
+    generate(args.run_dir, args.prompts, args.output)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from rlhf_cluster.doctor import run_doctor
+
+    return run_doctor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Plain workers as Ray actors: a log file, a number of threads, and the few things that only the host process knows."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_cluster.config import Resources
+from rlhf_cluster.generation.worker import GenerationWorker
+from rlhf_cluster.telemetry.quiet import log_to_file, quiet_libraries
+from rlhf_cluster.weights.snapshot import Snapshot, store_directory
+
+
+@dataclass(frozen=True)
+class Host:
+    """A worker's handle with its name and its log."""
+
+    name: str
+    actor: Any
+    log: Path
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables that a worker process is born with.
+
+    Threads that spin at barriers make processes that share cores ten times slower: idle ones must sleep.
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
+        "KMP_BLOCKTIME": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
+class Hosted:
+    """What every worker process adds to its plain worker; mixed in before it."""
+
+    def __init__(self, log: str, *args: Any, **named: Any) -> None:
+        quiet_libraries()
+        log_to_file(Path(log))
+        super().__init__(*args, **named)
+
+    def ready(self) -> str:
+        """Answers once construction is done: with the node that the process lives on."""
+        return ray.get_runtime_context().get_node_id()
+
+    def endpoint(self) -> tuple[str, int]:
+        """This node's address and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def peak_memory(self) -> int:
+        """Bytes: the largest resident sizes so far of this process and its living children, added up."""
+        family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        return sum(_high_water_mark(process.pid) for process in family)
+
+
+def _high_water_mark(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+class GenerationHost(Hosted, GenerationWorker):
+    """A generation worker that fetches a snapshot from the store where its node does not have it."""
+
+    async def receive_from(self, store: Any, snapshot: Snapshot, node: str, run: str, attempt: int) -> None:
+        if ray.get_runtime_context().get_node_id() != node:
+            snapshot = await self._fetch(store, snapshot, store_directory(f"{run}-{os.getpid()}", attempt))
+        await self.receive(snapshot)
+
+    async def _fetch(self, store: Any, snapshot: Snapshot, directory: Path) -> Snapshot:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.iterdir():
+            old.unlink()
+        path = directory / f"v{snapshot.version}.safetensors"
+        with open(path, "wb") as file:
+            index = 0
+            while chunk := await store.chunk.remote(snapshot.version, index):
+                file.write(chunk)
+                index += 1
+        return Snapshot(snapshot.version, str(path), snapshot.bytes, snapshot.digest)
+
+
+def hosted(worker: type) -> type:
+    """The worker's class with `Hosted` in front."""
+    return worker if issubclass(worker, Hosted) else type(worker.__name__, (Hosted, worker), {})
+
+
+def spawn(
+    worker: type, name: str, log: Path, resources: Resources, args: tuple[Any, ...] = (), group: Any = None, bundle: int = 0
+) -> Host:
+    """Starts one actor; returns at once. It shares the driver's fate and is never restarted behind our back."""
+    options: dict[str, Any] = {
+        "num_cpus": resources.num_cpus,
+        "num_gpus": resources.num_gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": environment(resources.threads)},
+    }
+    if resources.memory:
+        options["memory"] = resources.memory
+    if group is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    actor = ray.remote(hosted(worker)).options(**options).remote(str(log), *args)
+    return Host(name, actor, log)

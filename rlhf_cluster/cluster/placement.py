@@ -1,0 +1,170 @@
+"""Starts the workers of a stage, waits until they serve, hands out their clients, and ends them.
+
+All workers of a stage start at once; the slowest decides. Leaving ends every one of them, whatever happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool, WeightChannel
+from rlhf_cluster.cluster.hosts import GenerationHost, Host, spawn
+from rlhf_cluster.cluster.waits import Call, answer
+from rlhf_cluster.config import Resources, RunConfig
+from rlhf_cluster.learner.worker import LearnerWorker
+from rlhf_cluster.reference.worker import ReferenceWorker
+from rlhf_cluster.rooms import NoReference, Rooms
+from rlhf_cluster.scoring.worker import RewardWorker
+from rlhf_cluster.weights.snapshot import store_directory
+from rlhf_cluster.weights.store import WeightStore, sweep
+
+STORE = Resources(num_cpus=0.0)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Which attempt of which run: what its workers, logs and shared memory are named after."""
+
+    run: str
+    number: int
+    logs: Path
+
+
+@dataclass(frozen=True)
+class PPOPaths:
+    """What the workers of PPO load: plain Hugging Face directories. No reward model: a random or external reward."""
+
+    policy: Path
+    reference: Path
+    reward_model: Path | None
+
+
+@dataclass(frozen=True)
+class OpenRooms:
+    """The rooms of a PPO run, with what only the wiring needs."""
+
+    rooms: Rooms
+    learner: LearnerGroup
+    hosts: list[Host]
+
+    async def peak_memory(self) -> Mapping[str, int]:
+        """Bytes by worker, the processes that it started included."""
+        asked = [answer(host.actor.peak_memory.remote(), Call(host.name, "peak_memory", host.log), 60) for host in self.hosts]
+        return dict(zip((host.name for host in self.hosts), await asyncio.gather(*asked), strict=True))
+
+
+class Starter:
+    """Spawns hosts of one attempt and remembers them."""
+
+    def __init__(self, cfg: RunConfig, attempt: Attempt) -> None:
+        self.cfg, self.attempt = cfg, attempt
+        self.hosts: list[Host] = []
+        self._groups: list[Any] = []
+
+    def start(self, worker: type, role: str, resources: Resources, args: tuple[Any, ...]) -> list[Host]:
+        """`resources.workers` workers of one role, each placed for itself, so that any of them may go alone."""
+        return [self._spawn(worker, role, index, resources, args) for index in range(resources.workers)]
+
+    def start_generation(self, policy: Path, version: int) -> tuple[list[Host], list[Any]]:
+        cfg = self.cfg
+        hosts = []
+        for index in range(cfg.generation.resources.workers):
+            incarnation = f"generation-{index}.{self.attempt.number}"
+            args = (str(policy), cfg.generation, cfg.model.context, cfg.model.dtype, incarnation)
+            hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
+        return hosts, [self._answer(host, "start", host.actor.start.remote(version)) for host in hosts]
+
+    async def start_learner(self, paths: PPOPaths) -> list[Host]:
+        """All ranks in one placement group: they start together or not at all."""
+        cfg, resources = self.cfg, self.cfg.learner.resources
+        bundle = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": float(resources.memory)}
+        group = placement_group([{k: v for k, v in bundle.items() if v}] * resources.workers, strategy="PACK")
+        self._groups.append(group)
+        await answer(group.ready(), Call("learner", "placement"), cfg.cluster.start_timeout_s)
+        args = (cfg.learner, cfg.ppo, cfg.model, cfg.generation.temperature, cfg.seed)
+        hosts = [
+            self._spawn(LearnerWorker, "learner", index, resources, args, group, index) for index in range(resources.workers)
+        ]
+        endpoint = await self._answer(hosts[0], "endpoint", hosts[0].actor.endpoint.remote())
+        starting = (len(hosts), endpoint, cfg.cluster.call_timeout_s, paths.policy, paths.reward_model)
+        await asyncio.gather(
+            *(self._answer(host, "start", host.actor.start.remote(rank, *starting)) for rank, host in enumerate(hosts))
+        )
+        return hosts
+
+    async def open_channel(self) -> WeightChannel:
+        """The weight store, on the learner's node, in shared memory named after the attempt."""
+        attempt = self.attempt
+        sweep(attempt.run)
+        directory = str(store_directory(attempt.run, attempt.number))
+        store = self._spawn(WeightStore, "store", 0, STORE, (directory, self.cfg.weights.keep))
+        node = await self._answer(store, "ready", store.actor.ready.remote())
+        return WeightChannel(store, node, directory, attempt.run, attempt.number)
+
+    def _spawn(
+        self, worker: type, role: str, index: int, resources: Resources, args: tuple[Any, ...], group: Any = None, bundle: int = 0
+    ) -> Host:
+        host = spawn(worker, f"{role} {index}", self.attempt.logs / f"{role}-{index}.log", resources, args, group, bundle)
+        self.hosts.append(host)
+        return host
+
+    async def _answer(self, host: Host, verb: str, reference: Any) -> Any:
+        return await answer(reference, Call(host.name, verb, host.log), self.cfg.cluster.start_timeout_s)
+
+    async def ready(self, hosts: list[Host]) -> None:
+        await asyncio.gather(*(self._answer(host, "ready", host.actor.ready.remote()) for host in hosts))
+
+    def end(self) -> None:
+        for host in self.hosts:
+            ray.kill(host.actor)
+        for group in self._groups:
+            remove_placement_group(group)
+        sweep(self.attempt.run)
+
+
+@asynccontextmanager
+async def open_generation(cfg: RunConfig, attempt: Attempt, policy: Path) -> AsyncIterator[GenerationPool]:
+    """The generation workers alone: to sample what a labeler ranks, or to answer prompts from a file."""
+    starter = Starter(cfg, attempt)
+    try:
+        channel = await starter.open_channel()
+        hosts, starting = starter.start_generation(policy, 0)
+        await asyncio.gather(*starting)
+        yield GenerationPool(hosts, channel, cfg.cluster.call_timeout_s)
+    finally:
+        starter.end()
+
+
+@asynccontextmanager
+async def open_rooms(cfg: RunConfig, attempt: Attempt, paths: PPOPaths) -> AsyncIterator[OpenRooms]:
+    """All rooms of PPO, started side by side."""
+    starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
+    try:
+        channel = await starter.open_channel()
+        generation, starting = starter.start_generation(paths.policy, 0)
+        reward_args = (cfg.reward, str(paths.reward_model), cfg.model.dtype, cfg.model.attention, cfg.seed)
+        reward = starter.start(RewardWorker, "reward", cfg.reward.resources, reward_args)
+        reference: list[Host] = []
+        if cfg.ppo.kl.kind != "none":
+            limit = cfg.reference.tokens_per_micro_batch
+            reference_args = (str(paths.reference), cfg.model.dtype, cfg.model.attention, limit)
+            reference = starter.start(ReferenceWorker, "reference", cfg.reference.resources, reference_args)
+        learner, *_ = await asyncio.gather(starter.start_learner(paths), starter.ready([*reward, *reference]), *starting)
+        group = LearnerGroup(learner, channel, deadline)
+        rooms = Rooms(
+            GenerationPool(generation, channel, deadline),
+            RewardPool(reward, deadline),
+            ReferencePool(reference, deadline) if reference else NoReference(),
+            group,
+        )
+        yield OpenRooms(rooms, group, starter.hosts)
+    finally:
+        starter.end()

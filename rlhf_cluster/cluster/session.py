@@ -1,0 +1,66 @@
+"""A connection to Ray for the length of a run: a Ray of its own on a laptop, a running cluster otherwise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+
+from rlhf_cluster.config import ClusterConfig, ConfigError, Resources
+
+
+@contextmanager
+def ray_session(cfg: ClusterConfig, at_once: Mapping[str, Mapping[str, Resources]]) -> Iterator[None]:
+    """Connects, refuses what the cluster can never hold, and disconnects.
+
+    `at_once` gives, for each stage, the roles that run at the same time. A local Ray starts with as many logical CPUs
+    as the hungriest stage asks, since there CPUs only count workers; `threads` says what they compute with.
+    """
+    cpus = max(_total(roles, "num_cpus") for roles in at_once.values())
+    if cfg.address == "local":
+        _start_local(cfg, max(int(cpus) + 2, os.cpu_count() or 1))
+    else:
+        ray.init(address=cfg.address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        _refuse_impossible(at_once)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(cfg: ClusterConfig, num_cpus: int) -> None:
+    # A token that lives as long as this process: nobody else on the machine may submit work to our Ray. Ray turns token
+    # authentication on by itself for a local start (unless RAY_AUTH_MODE says otherwise) and would leave a token file in
+    # the user's home.
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        _temp_dir=cfg.temp_dir or None,
+    )
+
+
+def _total(roles: Mapping[str, Resources], field: str) -> float:
+    return sum(getattr(resources, field) * resources.workers for resources in roles.values())
+
+
+def _refuse_impossible(at_once: Mapping[str, Mapping[str, Resources]]) -> None:
+    """Ray would leave such actors pending for ever, without a word."""
+    total = ray.cluster_resources()
+    for stage, roles in at_once.items():
+        for kind, field in (("CPU", "num_cpus"), ("GPU", "num_gpus"), ("memory", "memory")):
+            asked, has = _total(roles, field), total.get(kind, 0.0)
+            if asked > has:
+                parts = ", ".join(f"{name} {r.workers} x {getattr(r, field):g}" for name, r in roles.items())
+                raise ConfigError(
+                    f"stage {stage} asks for {asked:g} {kind} ({parts}), but the cluster has {has:g} in all; "
+                    "ask for fewer workers or add nodes"
+                )

@@ -1,0 +1,130 @@
+"""SFT and the reward model under Ray Train: starts the ranks, passes their reports on, and never waits without an end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rlhf_cluster.cluster.hosts import environment, spawn
+from rlhf_cluster.cluster.waits import Call, WorkerError, get
+from rlhf_cluster.config import ClusterConfig, Resources
+
+POLL_S = 0.5
+
+
+class Mailbox:
+    """Reports of the ranks, in the order they came: Ray Train's own reports end with the run."""
+
+    def __init__(self) -> None:
+        self._reports: list[tuple[int, dict[str, float]]] = []
+
+    def put(self, step: int, metrics: dict[str, float]) -> None:
+        self._reports.append((step, metrics))
+
+    def since(self, count: int) -> list[tuple[int, dict[str, float]]]:
+        return self._reports[count:]
+
+
+def train_on_ranks(
+    stage: str,
+    train: Callable[[Any, Any, Callable[[int, Mapping[str, float]], None]], None],
+    job: Any,
+    resources: Resources,
+    cfg: ClusterConfig,
+    logs: Path,
+    on_report: Callable[[int, Mapping[str, float]], None],
+) -> None:
+    """Runs `train(ranks, job, report)` on every rank; `on_report` is called here, in this thread.
+
+    `fit` runs in a thread of its own: in the main thread it would leave a signal handler installed that later turns
+    Ctrl-C into a clean exit without clean-up.
+    """
+    mailbox = spawn(Mailbox, "mailbox", logs / f"{stage}-mailbox.log", Resources())
+    trainer = TorchTrainer(
+        _on_rank,
+        train_loop_config={
+            "stage": stage, "train": train, "job": ray.put(job), "mailbox": mailbox.actor, "logs": str(logs),
+            "environment": environment(resources.threads), "threads": resources.threads,
+        },
+        torch_config=TorchConfig(backend="nccl" if resources.num_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.num_gpus > 0,
+            resources_per_worker=_per_worker(resources),
+        ),
+        run_config=RunConfig(name=stage, storage_path=str(logs / "ray_train"),
+                             worker_runtime_env={"env_vars": environment(resources.threads)}),
+    )
+    failure: list[BaseException] = []
+    fitting = threading.Thread(target=_fit, args=(trainer, failure), daemon=True, name=f"{stage}-fit")
+    fitting.start()
+    _follow(fitting, mailbox.actor, cfg, stage, on_report)
+    ray.kill(mailbox.actor)
+    if failure:
+        raise WorkerError(f"stage {stage} failed: {_cause(failure[0])}") from failure[0]
+
+
+def _per_worker(resources: Resources) -> dict[str, float]:
+    asked = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": float(resources.memory)}
+    return {kind: amount for kind, amount in asked.items() if amount}
+
+
+def _on_rank(config: dict[str, Any]) -> None:
+    """Runs inside Ray Train's worker process."""
+    import torch
+
+    from rlhf_cluster.engine.ranks import adopt_ranks
+    from rlhf_cluster.telemetry.quiet import log_to_file, quiet_libraries
+
+    rank = ray.train.get_context().get_world_rank()
+    quiet_libraries()
+    log_to_file(Path(config["logs"]) / f"{config['stage']}-{rank}.log")
+    torch.set_num_threads(config["threads"])
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        config["mailbox"].put.remote(step, dict(metrics))
+
+    job = get(config["job"], Call("object store", "job"), 300)
+    config["train"](adopt_ranks(), job, report)
+
+
+def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+        failure.append(error)
+
+
+def _follow(
+    fitting: threading.Thread, mailbox: Any, cfg: ClusterConfig, stage: str, on_report: Callable[[int, Mapping[str, float]], None]
+) -> None:
+    """Passes reports on until the fit ends. A first report must come within `start_timeout_s`, each next one within
+    `call_timeout_s`."""
+    seen, last = 0, time.monotonic()
+    while True:
+        running = fitting.is_alive()
+        fresh = get(mailbox.since.remote(seen), Call("mailbox", "since"), cfg.call_timeout_s)
+        for step, metrics in fresh:
+            on_report(step, metrics)
+        seen += len(fresh)
+        if fresh:
+            last = time.monotonic()
+        if not running:
+            return
+        limit = cfg.call_timeout_s if seen else cfg.start_timeout_s
+        if time.monotonic() - last > limit:
+            raise WorkerError(f"stage {stage} made no progress for {limit:g} s after {seen} reports")
+        fitting.join(POLL_S)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line that names what went wrong on a rank, out of Ray Train's nested report."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else repr(error))

@@ -1,0 +1,79 @@
+"""Every wait on another process, each with a deadline; one that passes says who, in what, and the last lines of its log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+LOG_LINES = 12
+
+
+class WorkerError(RuntimeError):
+    """A worker failed, died or did not answer in time; the message names it."""
+
+
+class WorkerDied(WorkerError):
+    """The worker's process is gone: what was asked of it may be asked of another."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is being waited for: a verb of a worker, and where that worker logs."""
+
+    worker: str
+    verb: str
+    log: Path | None = None
+
+    def failed(self, error: BaseException, deadline_s: float) -> WorkerError:
+        """The error to raise instead of Ray's."""
+        if isinstance(error, GetTimeoutError | asyncio.TimeoutError):
+            return WorkerError(f"{self.worker} did not answer `{self.verb}` within {deadline_s:g} s{self._tail()}")
+        if isinstance(error, RayActorError):
+            return WorkerDied(f"{self.worker} died during `{self.verb}`{self._tail()}")
+        cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+        return WorkerError(f"{self.worker} failed in `{self.verb}`: {type(cause).__name__}: {cause}")
+
+    def _tail(self) -> str:
+        if self.log is None or not self.log.is_file():
+            return ""
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return f"; the last lines of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def get(reference: Any, call: Call, deadline_s: float) -> Any:
+    """Waits, in a thread that may block."""
+    try:
+        return ray.get(reference, timeout=deadline_s)
+    except (GetTimeoutError, RayActorError, RayTaskError) as error:
+        raise call.failed(error, deadline_s) from error
+
+
+async def answer(reference: Any, call: Call, deadline_s: float) -> Any:
+    """Waits, in a coroutine."""
+    try:
+        return await asyncio.wait_for(_awaited(reference), deadline_s)
+    except (TimeoutError, RayActorError, RayTaskError) as error:
+        raise call.failed(error, deadline_s) from error
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference
+
+
+async def answers(references: AsyncIterator[Any], call: Call, deadline_s: float) -> AsyncIterator[Any]:
+    """Items of a streaming call as they come, each within the deadline."""
+    stream = aiter(references)
+    while True:
+        try:
+            item = await asyncio.wait_for(_awaited(await asyncio.wait_for(anext(stream), deadline_s)), deadline_s)
+        except StopAsyncIteration:
+            return
+        except (TimeoutError, RayActorError, RayTaskError) as error:
+            raise call.failed(error, deadline_s) from error
+        yield item

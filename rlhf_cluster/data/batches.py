@@ -1,0 +1,84 @@
+"""Which prompts make up the batch of a step, as a pure function of the step: a resumed run goes on exactly.
+
+Takes `Prompts`, gives `Members` (a batch's members are fixed at admission). Keeps no state and draws no random number:
+the order of an epoch and every sampling seed are hashes of names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+
+from rlhf_cluster.data.rows import DataError, Place
+from rlhf_cluster.data.seeded import seeded_order, stable_seed
+from rlhf_cluster.records import Members, Prompts
+
+
+class PromptOrder:
+    """An endless order of the prompts, reshuffled in every epoch; an epoch has each prompt exactly once."""
+
+    def __init__(self, prompts: Prompts, seed: int) -> None:
+        if not len(prompts):
+            raise DataError(Place("prompts"), "no prompts to make batches of")
+        self._prompts = prompts
+        self._ids: list[str] = prompts.prompt_id
+        self._seed = seed
+        # Two epochs suffice: a batch rarely spans more, and the order of an epoch can always be made again.
+        self._epoch = lru_cache(maxsize=2)(self._order_of_epoch)
+
+    def members(self, step: int, batch_size: int, samples_per_prompt: int) -> Members:
+        """The `batch_size` responses to sample in `step` (from 0): P = batch_size / samples_per_prompt prompts, the
+        i-th of them at position `step * P + i` of the order, its samples side by side.
+
+        Raises DataError where `samples_per_prompt` does not divide `batch_size`.
+        """
+        if samples_per_prompt < 1 or batch_size < 1 or batch_size % samples_per_prompt:
+            detail = f"samples_per_prompt={samples_per_prompt} does not divide batch_size={batch_size}"
+            raise DataError(Place("config"), "bad batch", detail)
+        count = batch_size // samples_per_prompt
+        rows = [self._row(position) for position in range(step * count, (step + 1) * count)]
+        return _members(self._prompts, rows, step, samples_per_prompt, self._seed)
+
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self._ids))
+        return self._epoch(epoch)[offset]
+
+    def _order_of_epoch(self, epoch: int) -> list[int]:
+        return seeded_order(self._ids, self._seed, "epoch", epoch)
+
+
+def heldout_members(prompts: Prompts, label_step: int, samples_per_prompt: int, seed: int) -> Members:
+    """Every prompt, `samples_per_prompt` times, in the order given. `label_step` marks the evaluation (below 0 it meets
+    no training step); the same label gives the same seeds, so before and after are sampled alike."""
+    return _members(prompts, range(len(prompts)), label_step, samples_per_prompt, seed)
+
+
+def _members(prompts: Prompts, rows: Sequence[int], step: int, samples_per_prompt: int, seed: int) -> Members:
+    ids = prompts.prompt_id
+    index = _sample_indices([ids[row] for row in rows], samples_per_prompt)
+    picked = prompts.table.take(pa.array(np.repeat(np.asarray(rows, dtype=np.int64), samples_per_prompt)))
+    names = picked.column("prompt_id").to_pylist()
+    samples = list(zip(names, index, strict=True))
+    columns = {
+        "step": [step] * len(samples),
+        "sample_index": index,
+        "sample_id": [f"{step}/{name}/{sample}" for name, sample in samples],
+        "seed": [stable_seed(seed, step, name, sample) for name, sample in samples],
+    }
+    for name, values in columns.items():
+        picked = picked.append_column(name, pa.array(values, Members.COLUMNS[name].type))
+    return Members(picked)
+
+
+def _sample_indices(ids: Sequence[str], samples_per_prompt: int) -> list[int]:
+    """Counts on where a prompt comes again in the batch (few prompts, or the seam of two epochs): ids stay unique."""
+    seen: Counter[str] = Counter()
+    indices: list[int] = []
+    for name in ids:
+        indices.extend(range(seen[name], seen[name] + samples_per_prompt))
+        seen[name] += samples_per_prompt
+    return indices

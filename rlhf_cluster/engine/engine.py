@@ -1,0 +1,151 @@
+"""One model under DeepSpeed: forward, backward, step, and its full weights and optimizer state by parameter name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from rlhf_cluster.config import EngineConfig, OptimizerConfig
+from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.engine.settings import deepspeed_settings, effective_stage
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TrainEngine:
+    """A module under DeepSpeed at any ZeRO stage.
+
+    `backward` takes (sum over this rank's tokens) / (tokens of the global minibatch): the engine multiplies by the
+    number of ranks, which DeepSpeed's averaging takes out again, so neither ranks nor micro-batches change the
+    gradient. Every rank calls `forward`, `backward`, `step`, `full_parameters` and the state methods equally often.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, dtype: torch.dtype, ranks: Ranks
+    ) -> None:
+        self.ranks = ranks
+        self.dtype = dtype
+        self.stage = effective_stage(engine.zero_stage, dtype)
+        self._max_grad_norm = optimizer.max_grad_norm
+        self._grad_norm = math.nan
+        adamw = torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad],
+            lr=optimizer.lr,
+            betas=tuple(optimizer.betas),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        settings = deepspeed_settings(engine, optimizer, dtype, ranks.world)
+        self._engine, *_ = deepspeed.initialize(model=module.to(dtype), optimizer=adamw, config=settings)
+        self._adamw: torch.optim.AdamW = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        if self.stage == 0:
+            self._adamw.register_step_pre_hook(self._clip)
+        self._reset_moments()
+
+    def _clip(self, *_: Any) -> None:
+        """Runs after the gradients are reduced and before the weights move: the norm is that of all ranks."""
+        parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+        limit = self._max_grad_norm if self._max_grad_norm > 0 else math.inf
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    def _reset_moments(self) -> None:
+        """Optimizer state exists from the start, at step 0 for every stage (stage 3 would begin at step 1)."""
+        if self.stage == 3:  # hands its partitions to AdamW one by one while it steps, so the groups look empty
+            optimized = list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        else:
+            optimized = [p for group in self._adamw.param_groups for p in group["params"]]
+        self._adamw.state.clear()
+        for p in optimized:
+            self._adamw.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                **{name: torch.zeros_like(p.data) for name in MOMENTS},
+            }
+        if self.stage in (1, 2):
+            # DeepSpeed links the moments to the parameters after its first step; a loaded state is needed before.
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._engine.module
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self._engine(*inputs, **named)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """One optimizer step at learning rate `lr`; returns the all-rank gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._grad_norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        return float(norm)
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full tensor in the training dtype) of every parameter, one at a time. A collective at stage 3."""
+        for name, parameter in self.module.named_parameters():
+            if self.stage < 3:
+                yield name, parameter.detach()
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter.detach().clone()
+
+    @property
+    def optimizer_steps(self) -> int:
+        return int(next(iter(self._adamw.state.values()))["step"])
+
+    def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """(name, {master, exp_avg, exp_avg_sq} in fp32) of every parameter, independent of stage and world size."""
+        for name, parameter in self.module.named_parameters():
+            if self.stage == 0:
+                moments = self._adamw.state[parameter]
+                yield name, {"master": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
+            else:
+                state = {"master": safe_get_full_fp32_param(parameter)}
+                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                yield name, state
+
+    def load_full_state(self, state_of: Callable[[str], Mapping[str, torch.Tensor]], optimizer_steps: int) -> None:
+        """Restores what `full_state` gave. `state_of(name)` returns the three fp32 tensors of a parameter."""
+        for name, parameter in self.module.named_parameters():
+            state = state_of(name)
+            if self.stage == 0:
+                parameter.data.copy_(state["master"])
+                for key in MOMENTS:
+                    self._adamw.state[parameter][key].copy_(state[key])
+            elif self.stage < 3:
+                parameter.data.copy_(state["master"])  # the working copy, rounded to the training dtype
+                safe_set_full_fp32_param(parameter, state["master"])
+                for key in MOMENTS:
+                    safe_set_full_optimizer_state(parameter, state[key], key)
+            else:
+                self._load_partition(parameter, state)
+        for moments in self._adamw.state.values():
+            moments["step"].fill_(optimizer_steps)
+
+    def _load_partition(self, parameter: torch.nn.Parameter, state: Mapping[str, torch.Tensor]) -> None:
+        """Stage 3: this rank's slice alone. DeepSpeed's own setter for full tensors fails on sizes that ranks do not divide."""
+
+        def own(full: torch.Tensor) -> torch.Tensor:
+            size = parameter.ds_tensor.numel()
+            padded = torch.nn.functional.pad(full.flatten(), (0, size * self.ranks.world - full.numel()))
+            return padded.narrow(0, size * self.ranks.rank, size)
+
+        parameter.ds_tensor.data.copy_(own(state["master"]).view_as(parameter.ds_tensor))
+        safe_set_local_fp32_param(parameter, own(state["master"]))
+        for key in MOMENTS:
+            safe_set_local_optimizer_state(parameter, own(state[key]), key)

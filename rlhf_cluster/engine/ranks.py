@@ -1,0 +1,62 @@
+"""The learner's ranks: the process group that DeepSpeed runs on, and the few collectives that rooms ask for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the ranks of a gang: `rank` of `world`."""
+
+    rank: int
+    world: int
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum over all ranks, on every rank."""
+        total = values.clone()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        return total
+
+    def max(self, value: float) -> float:
+        top = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        return float(top)
+
+    def gather(self, item: Any) -> list[Any]:
+        """One picklable item of every rank, in rank order, on every rank. For small things."""
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
+
+
+def join_ranks(rank: int, world: int, master: str, port: int, timeout_s: float) -> Ranks:
+    """Joins the gang's process group (gloo on CPU, NCCL on GPU); a collective that exceeds `timeout_s` fails the process."""
+    import deepspeed
+
+    os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ["LOCAL_RANK"] = "0"  # Ray shows each worker its own device alone
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(
+        backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False
+    )
+    return Ranks(rank, world)
+
+
+def adopt_ranks() -> Ranks:
+    """The place of a process whose group somebody else has made (Ray Train)."""
+    import deepspeed
+
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def leave_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,78 @@
+"""Samples of one policy on the held-out prompts, with the gold score of each and its distance from the reference."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rlhf_cluster.records import Members, ReferencedRollouts, Rollouts, ScoredRollouts, join
+from rlhf_cluster.rooms import Rooms
+from rlhf_cluster.telemetry.comparison import Comparison, Sample, compare
+
+Gold = Callable[[Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Scored samples in the order of their members: `samples_per_prompt` of each prompt stand side by side."""
+
+    rollouts: ScoredRollouts
+    gold: np.ndarray  # [prompts, samples]
+    samples_per_prompt: int
+
+    def table(self) -> pa.Table:
+        """The rollouts with their gold scores, for the record."""
+        return self.rollouts.table.append_column("gold", pa.array(self.gold.ravel(), pa.float32()))
+
+    def kl(self) -> np.ndarray | None:
+        """Log-ratio to the reference summed over each response, in nats: [prompts, samples]; None without a reference."""
+        if not isinstance(self.rollouts, ReferencedRollouts):
+            return None
+        pairs = zip(self.rollouts.rollout_logprobs, self.rollouts.ref_logprobs, strict=True)
+        return np.array([float((own - ref).sum()) for own, ref in pairs]).reshape(-1, self.samples_per_prompt)
+
+
+async def sample_heldout(
+    rooms: Rooms, members: Members, samples_per_prompt: int, gold: Gold | None, text: Callable[[Any], str]
+) -> HeldOut:
+    """Samples every member from the policy that generation serves now. Without `gold`, the reward's score is the gold."""
+    parts = []
+    async for rollouts in rooms.generation.sample(members):
+        parts.append(asyncio.create_task(_scored(rooms, rollouts)))
+    arrived = ScoredRollouts.concat([await part for part in parts])
+    arrived = type(await parts[0])(arrived.table)
+    place = {sample_id: row for row, sample_id in enumerate(arrived.sample_id)}
+    scored = arrived.take([place[sample_id] for sample_id in members.sample_id])
+    scores = scored.score.tolist() if gold is None else list(gold([text(ids) for ids in scored.response_ids]))
+    return HeldOut(scored, np.array(scores, float).reshape(-1, samples_per_prompt), samples_per_prompt)
+
+
+async def _scored(rooms: Rooms, rollouts: Rollouts) -> ScoredRollouts:
+    scores, ref = await asyncio.gather(rooms.reward.score(rollouts), rooms.reference.logprobs(rollouts))
+    return join(rollouts, scores, ref)
+
+
+def compare_heldout(before: HeldOut, after: HeldOut, gold_name: str) -> Comparison:
+    """Paired over prompts; see `telemetry.comparison.compare`."""
+    kl = after.kl()
+    return compare(before.gold.tolist(), after.gold.tolist(), kl.tolist() if kl is not None else None, gold_name)
+
+
+def samples(before: HeldOut, after: HeldOut, text: Callable[[Any], str]) -> list[Sample]:
+    """The first sample of every prompt, before and after."""
+    step = before.samples_per_prompt
+    return [
+        Sample(
+            text(before.rollouts.prompt_ids[row]),
+            text(before.rollouts.response_ids[row]),
+            text(after.rollouts.response_ids[row]),
+            float(before.gold.ravel()[row]),
+            float(after.gold.ravel()[row]),
+        )
+        for row in range(0, len(before.rollouts), step)
+    ]

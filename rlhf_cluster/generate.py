@@ -1,0 +1,49 @@
+"""Answers to the prompts of a file, by the result of a run, sampled by the same generation workers as in training."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.cluster.placement import Attempt, open_generation
+from rlhf_cluster.cluster.session import ray_session
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.data.batches import heldout_members
+from rlhf_cluster.data.parse import parse_prompt
+from rlhf_cluster.data.readers import read_rows
+from rlhf_cluster.data.tokenize import encode_prompts
+from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.records import Members, Rollouts
+from rlhf_cluster.results import result_config, result_policy
+from rlhf_cluster.telemetry.quiet import driver_log, quiet_libraries
+
+
+def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> None:
+    """One JSON object per prompt, in the file's order: prompt id, response, finish reason."""
+    cfg, policy = result_config(run_dir), result_policy(run_dir)
+    tokenizer = load_tokenizer(policy)
+    rows = [parse_prompt(row) for row in read_rows(str(prompts_file))]
+    prompts = encode_prompts(rows, tokenizer, cfg.data.max_prompt_tokens).record
+    members = heldout_members(prompts, 0, 1, cfg.seed)
+    quiet_libraries()
+    logs = run_dir.resolve() / "logs" / "generate"
+    with driver_log(logs / "driver.log"), ray_session(cfg.cluster, {"generate": {"generation": cfg.generation.resources}}):
+        rollouts = asyncio.run(_sample(cfg, policy, members, logs))
+    lines = [_answer(rollouts, row, tokenizer) for row in range(len(rollouts))]
+    (output.open("w", encoding="utf-8") if output else sys.stdout).write("".join(lines))
+
+
+async def _sample(cfg: RunConfig, policy: Path, members: Members, logs: Path) -> Rollouts:
+    async with open_generation(cfg, Attempt(f"{cfg.name}-generate", 0, logs), policy) as generation:
+        rollouts = Rollouts.concat([part async for part in generation.sample(members)])
+    place = {sample_id: row for row, sample_id in enumerate(rollouts.sample_id)}
+    return rollouts.take([place[sample_id] for sample_id in members.sample_id])
+
+
+def _answer(rollouts: Rollouts, row: int, tokenizer: Any) -> str:
+    response = tokenizer.decode(rollouts.response_ids[row], skip_special_tokens=True)
+    answer = {"prompt_id": rollouts.prompt_id[row], "response": response, "finish_reason": rollouts.finish_reason[row]}
+    return json.dumps(answer, ensure_ascii=False) + "\n"

@@ -1,0 +1,145 @@
+"""One generation worker: a vLLM `AsyncLLM`, sampled from and kept current with published weights."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import RequestOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from rlhf_cluster.config import GenerationConfig
+from rlhf_cluster.models.load import resolve_dtype
+from rlhf_cluster.records import Members, Rollouts
+from rlhf_cluster.weights.plugin import BACKEND
+from rlhf_cluster.weights.snapshot import Snapshot
+
+
+class GenerationWorker:
+    """Samples one response per member. `incarnation` names this life of the worker and stands on every rollout."""
+
+    def __init__(self, model_path: str, cfg: GenerationConfig, context: int, dtype: str, incarnation: str) -> None:
+        self._cfg = cfg
+        self._incarnation = incarnation
+        self._args = AsyncEngineArgs(
+            model=model_path,
+            dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
+            max_model_len=context,
+            max_num_seqs=cfg.max_num_seqs,
+            enforce_eager=cfg.enforce_eager,
+            kv_cache_memory_bytes=cfg.kv_cache_memory,
+            gpu_memory_utilization=0.3,  # unused beside kv_cache_memory_bytes, but the CPU build checks it at start
+            tensor_parallel_size=cfg.tensor_parallel,
+            logprobs_mode="processed_logprobs",  # after temperature: what the tokens were really drawn from
+            generation_config="vllm",  # no sampling defaults from the model's directory
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        )
+        self._engine: AsyncLLM | None = None
+
+    @property
+    def engine(self) -> AsyncLLM:
+        if self._engine is None:
+            raise RuntimeError("the generation worker is not started")
+        return self._engine
+
+    async def start(self, version: int) -> str:
+        """Loads the model, whose weights are those of `version`. Returns the incarnation."""
+        self._engine = AsyncLLM.from_engine_args(self._args)
+        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await self.engine.update_weight_version(str(version))
+        return self._incarnation
+
+    async def sample(self, members: Members) -> AsyncIterator[Rollouts]:
+        """Yields what ended within `flush_ms` as one table, until every member has its response."""
+        ended: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
+        prompts, seeds, ids = members.prompt_ids, members.seed, members.sample_id
+        async with asyncio.TaskGroup() as requests:
+            for row in range(len(members)):
+                prompt = {"prompt_token_ids": prompts[row].tolist()}
+                requests.create_task(self._request(row, prompt, int(seeds[row]), ids[row], ended))
+            remaining = len(members)
+            while remaining:
+                outputs = await self._flush(ended)
+                remaining -= len(outputs)
+                yield self._rollouts(members, outputs)
+
+    async def _request(self, row: int, prompt: Any, seed: int, sample_id: str, ended: asyncio.Queue[Any]) -> None:
+        sampling = SamplingParams(
+            temperature=self._cfg.temperature,
+            max_tokens=self._cfg.max_response_tokens,
+            ignore_eos=self._cfg.ignore_eos,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+        )
+        output: RequestOutput | None = None
+        async for output in self.engine.generate(prompt, sampling, sample_id):
+            pass
+        if output is None or not output.finished:
+            raise RuntimeError(f"vLLM gave no finished response for sample {sample_id}")
+        ended.put_nowait((row, output))
+
+    async def _flush(self, ended: asyncio.Queue[tuple[int, RequestOutput]]) -> list[tuple[int, RequestOutput]]:
+        """Waits for one response, then for `flush_ms` more, and takes all that ended."""
+        outputs = [await ended.get()]
+        await asyncio.sleep(self._cfg.flush_ms / 1000)
+        while not ended.empty():
+            outputs.append(ended.get_nowait())
+        return outputs
+
+    def _rollouts(self, members: Members, outputs: list[tuple[int, RequestOutput]]) -> Rollouts:
+        rows = members.take([row for row, _ in outputs])
+        completions = [output.outputs[0] for _, output in outputs]
+        columns = {
+            "response_ids": [list(c.token_ids) for c in completions],
+            "rollout_logprobs": [
+                [step[token].logprob for token, step in zip(c.token_ids, c.logprobs, strict=True)] for c in completions
+            ],
+            "weight_versions": [_versions(c) for c in completions],
+            "finish_reason": [c.finish_reason for c in completions],
+            "temperature": [self._cfg.temperature] * len(outputs),
+            "incarnation": [self._incarnation] * len(outputs),
+        }
+        return rows.extend(Rollouts, columns)
+
+    async def receive(self, snapshot: Snapshot) -> None:
+        """Loads a published version under running requests: they pause, keep their tokens, and go on with the new weights.
+
+        Caches are cleared, so what was computed with the old weights is computed again. Asking again for the version
+        that serves already changes nothing.
+        """
+        if await self.engine.get_weight_version() == str(snapshot.version):
+            return
+        await self.engine.pause_generation(mode="keep", clear_cache=True)
+        await self.engine.start_weight_update()
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info=dataclasses.asdict(snapshot)))
+        await self.engine.finish_weight_update(weight_version=str(snapshot.version))
+        await self.engine.resume_generation()
+
+    async def version(self) -> int:
+        return int(await self.engine.get_weight_version())
+
+    async def check_health(self) -> None:
+        """Raises when vLLM's engine process is dead although this worker lives."""
+        await self.engine.check_health()
+
+    def stop(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+
+def _versions(completion: Any) -> list[int]:
+    """One weight version per response token, from vLLM's contiguous spans."""
+    versions = [0] * len(completion.token_ids)
+    for span in completion.weight_versions:
+        for index in range(span.start, span.end):
+            versions[index] = int(span.version)
+    return versions

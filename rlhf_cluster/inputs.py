@@ -1,0 +1,89 @@
+"""What a run starts from: the base model's directory, its tokenizer, and the data as records. All of it is checked here,
+before any worker starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_cluster.config import ConfigError, RunConfig
+from rlhf_cluster.data.sources import load_corpus
+from rlhf_cluster.data.split import Corpus
+from rlhf_cluster.data.tokenize import encode_comparisons, encode_demonstrations, encode_prompts
+from rlhf_cluster.models.build import prepare_model
+from rlhf_cluster.models.tokenizer import context_length, load_tokenizer
+from rlhf_cluster.records import Comparisons, Demonstrations, Prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The base model and the data of a run; `dropped` says by reason what was read and is not used."""
+
+    base_path: Path
+    tokenizer: Any
+    prompts: Prompts
+    heldout_prompts: Prompts
+    demonstrations: Demonstrations
+    comparisons: Comparisons
+    heldout_comparisons: Comparisons
+    dropped: dict[str, int]
+
+    def text(self, ids: Any) -> str:
+        """Tokens as a person reads them."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load_inputs(cfg: RunConfig) -> Inputs:
+    """Raises ConfigError, ModelError or DataError, each a single sentence."""
+    base_path = Path(cfg.policy_path) if cfg.policy_path else prepare_model(cfg.model)
+    limit = context_length(base_path)
+    if cfg.model.context > limit:
+        raise ConfigError(f"model.context={cfg.model.context} is beyond the model's own context of {limit} tokens; lower it")
+    tokenizer = load_tokenizer(base_path, cfg.model.chat_template)
+    inputs = encode(load_corpus(cfg.data, cfg.seed), cfg, base_path, tokenizer)
+    _require_data(cfg, inputs)
+    return inputs
+
+
+def encode(corpus: Corpus, cfg: RunConfig, base_path: Path, tokenizer: Any) -> Inputs:
+    prompt_limit, context, too_long = cfg.data.max_prompt_tokens, cfg.model.context, corpus.too_long
+    prompts = encode_prompts(corpus.prompts, tokenizer, prompt_limit, too_long)
+    heldout = encode_prompts(corpus.heldout_prompts, tokenizer, prompt_limit, too_long)
+    demonstrations = encode_demonstrations(corpus.demonstrations, tokenizer, prompt_limit, context, too_long)
+    comparisons = encode_comparisons(corpus.comparisons, tokenizer, prompt_limit, context, too_long)
+    heldout_comparisons = encode_comparisons(corpus.heldout_comparisons, tokenizer, prompt_limit, context, too_long)
+    dropped = Counter(corpus.dropped)
+    for encoded in (prompts, heldout, demonstrations, comparisons, heldout_comparisons):
+        dropped.update(encoded.dropped)
+    return Inputs(
+        base_path,
+        tokenizer,
+        prompts.record,
+        heldout.record,
+        demonstrations.record,
+        comparisons.record,
+        heldout_comparisons.record,
+        dict(dropped),
+    )
+
+
+def _require_data(cfg: RunConfig, inputs: Inputs) -> None:
+    """Each stage that runs has what it learns from."""
+    ranked = cfg.rm.ranking.labeler != ""
+    needs = {
+        "sft": (len(inputs.demonstrations), "demonstrations (data.demonstrations)"),
+        "rm": (len(inputs.prompts if ranked else inputs.comparisons), "prompts (data.prompts)" if ranked else "comparisons (data.comparisons)"),
+        "ppo": (len(inputs.prompts), "prompts (data.prompts)"),
+    }
+    for stage in cfg.stages:
+        count, what = needs[stage]
+        if not count:
+            dropped = f"; dropped: {inputs.dropped}" if inputs.dropped else ""
+            raise ConfigError(f"stage {stage} has no {what} to learn from: data.source={cfg.data.source}{dropped}")
+    if "ppo" in cfg.stages and len(inputs.heldout_prompts) < 2:
+        raise ConfigError(
+            f"{len(inputs.heldout_prompts)} held-out prompts are left of data.heldout_prompts={cfg.data.heldout_prompts}; "
+            "the comparison before/after needs 2 or more"
+        )

@@ -1,0 +1,78 @@
+"""From evaluated rows to what a minibatch trains on: KL-shaped rewards, advantages, whitening over all ranks.
+
+Score and reward are two things: the score is what the reward model said of a response, the rewards are what PPO sees at
+each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rlhf_cluster.algo.advantages import gae
+from rlhf_cluster.algo.masked import mean_var, moments, whiten
+from rlhf_cluster.algo.rewards import kl_shaped_rewards, shape_scores
+from rlhf_cluster.config import PPOConfig
+from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.models.batching import from_response_frame, response_mask, to_response_frame
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedRow:
+    """A row as the learner holds it before the update; arrays are per response token, [R], unless said otherwise."""
+
+    sample_id: str
+    prompt_ids: np.ndarray  # i32 [P]
+    response_ids: np.ndarray  # i32 [R]
+    rollout_logprobs: np.ndarray
+    ref_logprobs: np.ndarray  # the old logprobs where there is no reference: their KL is 0
+    old_logprobs: np.ndarray
+    values: np.ndarray
+    entropies: np.ndarray
+    weight_versions: np.ndarray
+    score: float
+    ended: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """Evaluated rows with what PPO made of them; row i of each list belongs to `rows[i]`."""
+
+    rows: Sequence[EvaluatedRow]
+    rewards: list[np.ndarray]
+    advantages: list[np.ndarray]
+    returns: list[np.ndarray]
+    index: Mapping[str, int]  # row of a sample id
+
+
+def make_experience(rows: Sequence[EvaluatedRow], cfg: PPOConfig, kl_coef: float, ranks: Ranks) -> Experience:
+    """InstructGPT eq. (2) rewards and GAE; whitening statistics are those of all ranks. A collective."""
+    lengths = [len(row.response_ids) for row in rows]
+    mask = response_mask(lengths)
+    old_logprobs = to_response_frame([row.old_logprobs for row in rows])
+    scores = torch.tensor([row.score for row in rows], dtype=torch.float32)
+    ended = torch.tensor([row.ended for row in rows], dtype=torch.bool)
+    shaped = shape_scores(scores, ended, cfg.missing_eos_penalty, cfg.score_clip)
+    ref_logprobs = to_response_frame([row.ref_logprobs for row in rows])
+    rewards, _ = kl_shaped_rewards(shaped, old_logprobs, ref_logprobs, mask, kl_coef)
+    if cfg.advantage.whiten_rewards:
+        rewards = _whiten(rewards, mask, ranks, shift_mean=False)
+    values = to_response_frame([row.values for row in rows])
+    advantages, returns = gae(rewards, values, mask, cfg.advantage.gamma, cfg.advantage.lam)
+    if cfg.advantage.whiten:
+        advantages = _whiten(advantages, mask, ranks, shift_mean=True)
+    return Experience(
+        rows,
+        from_response_frame(rewards, lengths),
+        from_response_frame(advantages, lengths),
+        from_response_frame(returns, lengths),
+        {row.sample_id: i for i, row in enumerate(rows)},
+    )
+
+
+def _whiten(values: torch.Tensor, mask: torch.Tensor, ranks: Ranks, shift_mean: bool) -> torch.Tensor:
+    mean, var = mean_var(ranks.sum(moments(values, mask)))
+    return whiten(values, mask, mean, var, shift_mean)

@@ -1,0 +1,104 @@
+"""What an update says of itself, as sums that ranks add up: nothing here is a mean until every rank has spoken."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlhf_cluster.algo.losses import explained_variance_of
+from rlhf_cluster.algo.masked import moments
+from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.learner.experience import Experience
+from rlhf_cluster.models.batching import response_mask, to_response_frame
+
+SPREAD = ("mean", "max", "min")
+
+
+@dataclass
+class Tally:
+    """Named observations: weighted means (sum and weight), largest and smallest values."""
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    tops: dict[str, float] = field(default_factory=dict)
+    bottoms: dict[str, float] = field(default_factory=dict)
+
+    def mean(self, name: str, total: float, weight: float) -> None:
+        """`total` is a sum over `weight` things; the metric is the mean over all ranks' things."""
+        self.sums[name] += float(total)
+        self.weights[name] += float(weight)
+
+    def top(self, name: str, value: float) -> None:
+        self.tops[name] = max(self.tops.get(name, -np.inf), float(value))
+
+    def bottom(self, name: str, value: float) -> None:
+        self.bottoms[name] = min(self.bottoms.get(name, np.inf), float(value))
+
+    def spread(self, prefix: str, values: np.ndarray) -> None:
+        """`prefix/mean`, `prefix/max` and `prefix/min`."""
+        self.mean(f"{prefix}/mean", values.sum(), values.size)
+        if values.size:
+            self.top(f"{prefix}/max", values.max())
+            self.bottom(f"{prefix}/min", values.min())
+
+    def over(self, ranks: Ranks) -> dict[str, float]:
+        """The metrics of all ranks together. A collective."""
+        total = Tally()
+        for tally in ranks.gather((dict(self.sums), dict(self.weights), self.tops, self.bottoms)):
+            sums, weights, tops, bottoms = tally
+            for name in sums:
+                total.mean(name, sums[name], weights[name])
+            for name, value in tops.items():
+                total.top(name, value)
+            for name, value in bottoms.items():
+                total.bottom(name, value)
+        means = {name: total.sums[name] / max(total.weights[name], 1e-12) for name in total.sums}
+        return means | total.tops | total.bottoms
+
+
+def tally_experience(tally: Tally, experience: Experience, weight_version: int) -> None:
+    """The batch before the update: scores, rewards, KL to the reference, lengths, staleness, sampler mismatch."""
+    rows = experience.rows
+    tally.spread("critic/score", np.array([row.score for row in rows]))
+    tally.spread("critic/rewards", _flat(experience.rewards))
+    tally.spread("critic/advantages", _flat(experience.advantages))
+    tally.spread("critic/returns", _flat(experience.returns))
+    tally.spread("critic/values", _flat([row.values for row in rows]))
+    tally.spread("response_length", np.array([len(row.response_ids) for row in rows]))
+    tally.mean("response_length/clip_ratio", sum(not row.ended for row in rows), len(rows))
+    tally.mean("objective/scores", sum(row.score for row in rows), len(rows))
+    kl = [float((row.old_logprobs - row.ref_logprobs).sum()) for row in rows]
+    tally.mean("objective/kl", sum(kl), len(rows))
+    rewards = [float(rewards.sum()) for rewards in experience.rewards]
+    tally.mean("objective/rlhf_reward", sum(rewards), len(rows))
+    tally.mean("objective/non_score_reward", sum(rewards) - sum(row.score for row in rows), len(rows))
+    entropies = _flat([row.entropies for row in rows])
+    tally.mean("objective/entropy", entropies.sum(), entropies.size)
+    difference = _flat([row.old_logprobs for row in rows]) - _flat([row.rollout_logprobs for row in rows])
+    # k3 between sampler and learner: never negative, so a mismatch cannot cancel out.
+    tally.mean("rollout/mismatch_kl", (np.expm1(difference) - difference).sum(), difference.size)
+    tally.top("rollout/logprob_diff_max", np.abs(difference).max(initial=0.0))
+    tally.mean("rollout/logprob_diff_mean", np.abs(difference).sum(), difference.size)
+    staleness = weight_version - _flat([row.weight_versions for row in rows])
+    tally.mean("rollout/staleness", staleness.sum(), staleness.size)
+    tally.mean("prompt_length/mean", sum(len(row.prompt_ids) for row in rows), len(rows))
+
+
+def explained_variance(experience: Experience, ranks: Ranks) -> float:
+    """Of the values before the update, over all ranks. A collective."""
+    mask = response_mask([len(row.response_ids) for row in experience.rows])
+    values = to_response_frame([row.values for row in experience.rows])
+    returns = to_response_frame(experience.returns)
+    residual, total = ranks.sum(moments(returns - values, mask)), ranks.sum(moments(returns, mask))
+    return float(explained_variance_of(residual, total))
+
+
+def _flat(ragged: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(ragged).astype(np.float64) if len(ragged) else np.zeros(0)
+
+
+def timings(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {f"timing_s/{part}": value for part, value in seconds.items()}

@@ -1,0 +1,149 @@
+"""One learner rank: the verbs of `rooms.Learner`, each entered by all ranks together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_cluster.config import LearnerConfig, ModelConfig, PPOConfig
+from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.engine.ranks import Ranks, join_ranks
+from rlhf_cluster.engine.schedule import learning_rate
+from rlhf_cluster.learner.experience import EvaluatedRow, make_experience
+from rlhf_cluster.learner.models import ActorCritic, Evaluation
+from rlhf_cluster.learner.plan import BatchPlan, plan_batch
+from rlhf_cluster.learner.state import load_state, save_state
+from rlhf_cluster.learner.update import StepRates, Updater
+from rlhf_cluster.models.load import save_policy
+from rlhf_cluster.models.score_head import save_scalar_head_model
+from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts, UpdateStats
+from rlhf_cluster.weights.snapshot import Snapshot, write_snapshot
+
+
+class LearnerError(RuntimeError):
+    """A verb called out of turn."""
+
+
+@dataclass
+class OpenBatch:
+    """A batch between `begin` and `update` on this rank."""
+
+    plan: BatchPlan
+    rows: dict[str, EvaluatedRow] = field(default_factory=dict)
+    seconds: float = 0.0  # spent on evaluation
+
+
+class LearnerWorker:
+    """Policy and critic of one rank. `start` joins the gang and loads; the other verbs follow `rooms.Learner`."""
+
+    def __init__(self, cfg: LearnerConfig, ppo: PPOConfig, model: ModelConfig, temperature: float, seed: int) -> None:
+        self._cfg, self._ppo, self._model, self._temperature, self._seed = cfg, ppo, model, temperature, seed
+        self._open: dict[int, OpenBatch] = {}
+        self._last: UpdateStats | None = None
+        self._version = 0
+
+    def start(
+        self, rank: int, world: int, endpoint: tuple[str, int], timeout_s: float, policy_path: Path, critic_path: Path | None
+    ) -> None:
+        """`endpoint`: address and free port of rank 0, where the ranks meet."""
+        torch.manual_seed(self._seed)
+        self._ranks: Ranks = join_ranks(rank, world, *endpoint, timeout_s)
+        self._tokenizer = load_tokenizer(policy_path, self._model.chat_template)
+        self._models = ActorCritic(policy_path, critic_path, self._cfg, self._model, self._seed, self._ranks)
+
+    @property
+    def _engines(self) -> dict[str, TrainEngine]:
+        return {"policy": self._models.policy, "critic": self._models.critic}
+
+    def begin(self, step: int, sample_ids: Sequence[str]) -> dict[str, int]:
+        """Returns the rank that each sample's row goes to."""
+        if step not in self._open:
+            plan = plan_batch(sample_ids, self._ppo.minibatch_size, self._ranks.world, self._batch_seed(step))
+            self._open[step] = OpenBatch(plan)
+        return self._open[step].plan.owners
+
+    def _batch_seed(self, step: int) -> int:
+        return int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
+
+    def add(self, step: int, rows: ScoredRollouts, start: int, stop: int) -> None:
+        """Evaluates this rank's rows, `start` to `stop`. Rows that it holds already are left as they are. A collective."""
+        if step not in self._open:
+            raise LearnerError(f"rows of batch {step} arrived, but the open batches are {sorted(self._open)}")
+        batch, began = self._open[step], time.perf_counter()
+        share = rows.slice(start, stop)
+        fresh = [i for i, sample_id in enumerate(share.sample_id) if sample_id not in batch.rows]
+        share = share.take(fresh)
+        evaluation = self._models.evaluate(share.prompt_ids, share.response_ids, self._temperature)
+        for row in _evaluated(share, evaluation):
+            batch.rows[row.sample_id] = row
+        batch.seconds += time.perf_counter() - began
+
+    def update(self, step: int, kl_coef: float) -> UpdateStats:
+        """Trains on the batch; repeating an update that was applied returns its stored answer. A collective."""
+        if self._last is not None and self._last.step == step:
+            return self._last
+        if step not in self._open:
+            raise LearnerError(f"update of batch {step}, but the open batches are {sorted(self._open)}")
+        batch, began = self._open.pop(step), time.perf_counter()
+        rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
+        experience = make_experience(rows, self._ppo, kl_coef, self._ranks)
+        rates = StepRates(
+            learning_rate(self._cfg.policy, step, self._ppo.steps), learning_rate(self._cfg.critic, step, self._ppo.steps)
+        )
+        updater = Updater(self._models, experience, self._ppo, self._temperature)
+        metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates)
+        metrics |= {"timing_s/evaluate": batch.seconds, "timing_s/update": time.perf_counter() - began}
+        self._version = step + 1
+        self._last = UpdateStats(step, self._version, metrics)
+        return self._last
+
+    def publish(self, version: int, directory: str) -> Snapshot | None:
+        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A collective."""
+        named = ((name.removeprefix("model."), tensor) for name, tensor in self._models.policy.full_parameters())
+        if self._ranks.rank == 0:
+            return write_snapshot(Path(directory), version, named)
+        for _ in named:
+            continue
+        return None
+
+    def save(self, directory: str) -> None:
+        """`policy/` and `critic/` as plain Hugging Face directories in the training dtype, `state/` beside them."""
+        target, models = Path(directory), self._models
+        policy = {name.removeprefix("model."): t.cpu() for name, t in models.policy.full_parameters()}
+        critic = {name: t.cpu() for name, t in models.critic.full_parameters()}
+        if self._ranks.rank == 0:
+            save_policy(models.policy_config, policy, self._tokenizer, target / "policy", models.policy.dtype)
+            save_scalar_head_model(
+                models.critic_config, critic, self._tokenizer, target / "critic", models.critic.dtype
+            )
+        save_state(self._engines, target / "state", self._ranks)
+
+    def load(self, directory: str, version: int) -> None:
+        """Restores what `save` wrote below `directory`; the policy is then `version`."""
+        load_state(self._engines, Path(directory) / "state")
+        self._version = version
+
+
+def _evaluated(rows: ScoredRollouts, evaluation: Evaluation) -> list[EvaluatedRow]:
+    ref_logprobs = rows.ref_logprobs if isinstance(rows, ReferencedRollouts) else evaluation.logprobs
+    columns = zip(
+        rows.sample_id,
+        rows.prompt_ids,
+        rows.response_ids,
+        rows.rollout_logprobs,
+        ref_logprobs,
+        evaluation.logprobs,
+        evaluation.values,
+        evaluation.entropies,
+        rows.weight_versions,
+        rows.score.tolist(),
+        [reason == "stop" for reason in rows.finish_reason],
+        strict=True,
+    )
+    return [EvaluatedRow(*fields) for fields in columns]

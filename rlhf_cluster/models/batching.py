@@ -1,0 +1,212 @@
+"""From ragged sequences to the tensors of one forward and back: the only place that pads or packs.
+
+Takes prompts and responses as numpy ids and a plan of rows; gives `PackedBatch`es and what finds the way back. It
+refuses to know pad ids: everything follows from true lengths.
+
+One mechanism serves padding and packing. Sequences stand in rows from the left, each with positions counting from 0;
+what fills a row up on the right goes on counting. Models get `input_ids` and `position_ids` and no attention mask:
+transformers then keeps the sequences of a row apart where positions restart (its `find_packed_sequence_indices`), and
+causality alone keeps the filling, which is always to the right, out of every token that is read. Without packing no
+mask has to be built at all, so sdpa may take its fastest kernels. A mask made from a pad id would hide EOS where the
+two are equal.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_cluster.models import ModelError
+
+FILL = 0  # any id that every vocabulary has: no token that is read ever attends to it
+NOBODY = -1  # the sequence of a dummy batch
+
+Ids = Sequence[np.ndarray]
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """One micro-batch: S sequences in B rows of T tokens; N is the number of response tokens of all S together.
+
+    Per-sequence arrays and everything flat ([N]) run through the sequences in one order: row by row, left to right.
+    """
+
+    input_ids: Tensor  # i64 [B, T]
+    position_ids: Tensor  # i64 [B, T]
+    sequences: np.ndarray  # i64 [S]: index in the caller's lists, NOBODY in a dummy
+    starts: np.ndarray  # i64 [S]: flat position (row * T + column) of the first token
+    prompt_lengths: np.ndarray  # i64 [S]: P
+    response_lengths: np.ndarray  # i64 [S]: R
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def response_positions(self) -> Tensor:
+        """Flat positions P-1 .. P+R-2 of each sequence, i64 [N]: their hidden states predict the response tokens."""
+        return self._flat(self.starts + self.prompt_lengths - 1)
+
+    def response_targets(self) -> Tensor:
+        """The response tokens themselves, i64 [N]."""
+        return self.input_ids.reshape(-1)[self._flat(self.starts + self.prompt_lengths)]
+
+    def last_positions(self) -> Tensor:
+        """Flat position P+R-1 of each sequence, i64 [S]: its true last token."""
+        return self._index(self.starts + self.prompt_lengths + self.response_lengths - 1)
+
+    def policy_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `PolicyModule.forward` takes before the temperature."""
+        return self.input_ids, self.position_ids, self.response_positions(), self.response_targets()
+
+    def value_arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `ScalarHeadModel.forward` takes to give the value before each response token, [N]."""
+        return self.input_ids, self.position_ids, self.response_positions()
+
+    def score_arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `ScalarHeadModel.forward` takes to give the score of each sequence, [S]."""
+        return self.input_ids, self.position_ids, self.last_positions()
+
+    def mask(self) -> Tensor:
+        """Which entries of the response frame are tokens, bool [S, max R]; all False in a dummy."""
+        real = torch.from_numpy(self.sequences != NOBODY)
+        return (response_mask(self.response_lengths) & real[:, None]).to(self.input_ids.device)
+
+    def response_frame(self, flat: Tensor) -> Tensor:
+        """[N] -> [S, max R], 0 where there is no token; gradients pass."""
+        mask = response_mask(self.response_lengths).to(flat.device)
+        return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+    def select(self, ragged: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The caller's per-token arrays, one per sequence of this batch; zeros for a dummy's."""
+        pairs = zip(self.sequences, self.response_lengths, strict=True)
+        return [np.zeros(length, np.float32) if s == NOBODY else ragged[s] for s, length in pairs]
+
+    def split(self, flat: Tensor) -> list[np.ndarray]:
+        """[N] -> one f32 [R] per sequence."""
+        values = flat.detach().float().cpu().numpy()
+        return np.split(values, np.cumsum(self.response_lengths)[:-1])
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return replace(self, input_ids=self.input_ids.to(device), position_ids=self.position_ids.to(device))
+
+    def _flat(self, first: np.ndarray) -> Tensor:
+        spans = [np.arange(start, start + length) for start, length in zip(first, self.response_lengths, strict=True)]
+        return self._index(np.concatenate(spans))
+
+    def _index(self, positions: np.ndarray) -> Tensor:
+        return torch.from_numpy(positions.astype(np.int64)).to(self.input_ids.device)
+
+
+def singles(count: int) -> list[list[int]]:
+    """The plan of rows without packing: each sequence has a row of its own."""
+    return [[index] for index in range(count)]
+
+
+def pack(lengths: Sequence[int], context: int) -> list[list[int]]:
+    """The plan of rows with packing: best fit in the caller's order, rows of at most `context` tokens.
+
+    Not sorted by length first: that fills a percent or two better, but puts short sequences together in rows of many
+    and long ones alone, so that the caller's shuffle would no longer decide what an optimizer step sees.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for index, length in enumerate(lengths):
+        if length > context:
+            raise ModelError(f"sequence {index} has {length} tokens; a packed row holds {context}: shorten or drop it")
+        slot = bisect.bisect_left(room, (length, 0))
+        free, row = room.pop(slot) if slot < len(room) else (context, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        bisect.insort(room, (free - length, row))
+    return rows
+
+
+def micro_batches(prompts: Ids, responses: Ids, rows: Rows, tokens_per_micro_batch: int) -> list[PackedBatch]:
+    """Rows, longest first, in batches of at most `tokens_per_micro_batch` padded tokens (rows x the longest of them).
+
+    A row that is longer than the limit gets a batch of its own. Raises ModelError for a sequence without a prompt: the
+    hidden state before its first token would be another sequence's.
+    """
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ModelError(f"sequence {index} has an empty prompt; give it at least one token")
+    lengths = [sum(len(prompts[s]) + len(responses[s]) for s in row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))
+    batches, start = [], 0
+    while start < len(order):
+        width = lengths[order[start]]
+        stop = start + max(1, tokens_per_micro_batch // width)
+        batches.append(_batch(prompts, responses, [rows[row] for row in order[start:stop]], width))
+        start = stop
+    return batches
+
+
+def dummy_batch() -> PackedBatch:
+    """One row of two tokens that belongs to nobody: for a rank that must enter a collective forward without rows.
+
+    Its `mask` is False, so its loss is 0, but every module still runs, which ZeRO-3 needs to keep ranks together.
+    """
+    batch = _batch([np.zeros(1, np.int32)], [np.zeros(1, np.int32)], [[0]], 2)
+    return replace(batch, sequences=np.array([NOBODY]))
+
+
+def filled_up(batches: Sequence[PackedBatch], count: int) -> list[PackedBatch]:
+    """`batches` and as many dummies as make `count`: what the busiest rank has, so that all enter as many forwards."""
+    return [*batches, *(dummy_batch() for _ in range(count - len(batches)))]
+
+
+def in_order(batches: Sequence[PackedBatch], parts: Sequence[Sequence[np.ndarray]], count: int) -> list[np.ndarray]:
+    """Puts what each batch gave per sequence back into the caller's order of `count` sequences; dummies fall away."""
+    found = {
+        int(sequence): part
+        for batch, own in zip(batches, parts, strict=True)
+        for sequence, part in zip(batch.sequences, own, strict=True)
+    }
+    return [found[sequence] for sequence in range(count)]
+
+
+def response_mask(lengths: Sequence[int] | np.ndarray) -> Tensor:
+    """bool [B, max R] from true lengths."""
+    each = torch.as_tensor(np.asarray(lengths, np.int64))
+    return torch.arange(int(each.max()) if len(each) else 0)[None, :] < each[:, None]
+
+
+def to_response_frame(ragged: Sequence[np.ndarray]) -> Tensor:
+    """Arrays [R] -> f32 [B, max R], 0 where there is no token."""
+    mask = response_mask([len(row) for row in ragged])
+    frame = torch.zeros(mask.shape)
+    if len(ragged):
+        frame[mask] = torch.from_numpy(np.concatenate(ragged).astype(np.float32))
+    return frame
+
+
+def from_response_frame(frame: Tensor, lengths: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """[B, max R] -> f32 arrays [R]; the inverse of `to_response_frame`."""
+    values = frame.detach().float().cpu().numpy()
+    return [row[:length].copy() for row, length in zip(values, lengths, strict=True)]
+
+
+def _batch(prompts: Ids, responses: Ids, rows: Rows, width: int) -> PackedBatch:
+    sequences = np.array([s for row in rows for s in row], np.int64)
+    prompt_lengths = np.array([len(prompts[s]) for s in sequences], np.int64)
+    response_lengths = np.array([len(responses[s]) for s in sequences], np.int64)
+    input_ids = np.full((len(rows), width), FILL, np.int64)
+    position_ids = np.zeros((len(rows), width), np.int64)
+    starts = []
+    for number, row in enumerate(rows):
+        column = 0
+        for s in row:
+            tokens = np.concatenate([prompts[s], responses[s]])
+            starts.append(number * width + column)
+            input_ids[number, column : column + len(tokens)] = tokens
+            position_ids[number, column:] = np.arange(width - column)
+            column += len(tokens)
+    ids, positions = torch.from_numpy(input_ids), torch.from_numpy(position_ids)
+    return PackedBatch(ids, positions, sequences, np.array(starts, np.int64), prompt_lengths, response_lengths)

@@ -1,0 +1,87 @@
+"""The policy's forward: hidden states once, logits only for the response tokens, a chunk at a time.
+
+Takes a causal LM of transformers and the tensors of a `PackedBatch`; gives per-token logprobs and entropies through a
+function that the caller brings. It refuses to know losses and DeepSpeed, but is shaped so that ZeRO-3 may wrap it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+# (logits f32 [n, V], ids i64 [n], temperature) -> (logprobs f32 [n], entropies f32 [n])
+LogprobFunction = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """The body alone, final norm included: [B, T] -> [B*T, H]. Takes a causal LM or a body.
+
+    No attention mask and no cache: see `batching` for how transformers then reads `position_ids`.
+    """
+    body = model.base_model
+    output = body(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """(weight [V, H], bias [V] or None) of the layer that gives logits."""
+    head = model.get_output_embeddings()
+    return head.weight, head.bias
+
+
+class LogprobHead(nn.Module):
+    """The LM head as one module call: hidden states to logprobs and entropies of given tokens.
+
+    It holds the LM head's own parameters (the same objects, also where they are tied to the embedding), because ZeRO-3
+    gathers a parameter when a module that owns it runs. Calling `lm_head` once per chunk instead would gather once per
+    chunk, and ranks with different numbers of tokens would then wait for each other for ever.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, logprob_fn: LogprobFunction, chunk: int) -> None:
+        super().__init__()
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.logprob_fn = logprob_fn
+        self.chunk = chunk
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """hidden [N, H], targets i64 [N] -> (logprobs f32 [N], entropies f32 [N]); at most `chunk` x V logits live.
+
+        Several chunks are recomputed in the backward pass: autograd would otherwise keep the logits of them all.
+        """
+        parts = list(zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            pairs = [self._chunk(rows, ids, temperature) for rows, ids in parts]
+        else:
+            pairs = [checkpoint(self._chunk, rows, ids, temperature, use_reentrant=False) for rows, ids in parts]
+        logprobs, entropies = zip(*pairs, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _chunk(self, hidden: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = functional.linear(hidden, self.weight, self.bias)
+        return self.logprob_fn(logits.float(), ids, temperature)
+
+
+class PolicyModule(nn.Module):
+    """What DeepSpeed wraps: the causal LM, with a forward that gives logprobs instead of logits."""
+
+    def __init__(self, model: PreTrainedModel, logprob_fn: LogprobFunction, chunk: int = 1024) -> None:
+        super().__init__()
+        self.model = model
+        self.head = LogprobHead(*lm_head(model), logprob_fn, chunk)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, positions: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """`PackedBatch.policy_arguments()` and the sampling temperature -> (logprobs f32 [N], entropies f32 [N])."""
+        hidden = hidden_states(self.model, input_ids, position_ids)
+        return self.head(hidden[positions], targets, temperature)
+
+    def hf_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter once, by its Hugging Face name; a tied LM head appears as the embedding only."""
+        return dict(self.model.named_parameters())

@@ -1,0 +1,297 @@
+"""The three stages as one run: SFT -> reward model -> PPO, each stage's output the next one's input.
+
+A finished stage is never run again: a run that was cut off goes on from its last finished stage, and in PPO from its
+last checkpoint. This module wires; what is learnt stands in `sft.py`, `rm.py` and `ppo.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from rlhf_cluster import ppo, rm, sft
+from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOPaths, open_generation, open_rooms
+from rlhf_cluster.cluster.session import ray_session
+from rlhf_cluster.cluster.train import train_on_ranks
+from rlhf_cluster.config import ConfigError, Resources, RunConfig, to_yaml
+from rlhf_cluster.data.batches import PromptOrder, heldout_members
+from rlhf_cluster.data.labelers import make_labeler
+from rlhf_cluster.environment import describe_environment
+from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, sample_heldout, samples
+from rlhf_cluster.inputs import Inputs, load_inputs
+from rlhf_cluster.ranking import rank_samples, split_comparisons
+from rlhf_cluster.records import Comparisons, ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.storage.checkpoints import Checkpoints
+from rlhf_cluster.storage.rollout_log import RolloutLog
+from rlhf_cluster.storage.run_directory import RunDirectory
+from rlhf_cluster.telemetry.calibration import calibration, write_calibration
+from rlhf_cluster.telemetry.comparison import write_samples
+from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, Sink
+from rlhf_cluster.telemetry.progress import ConsoleSink, Progress
+from rlhf_cluster.telemetry.quiet import driver_log
+from rlhf_cluster.telemetry.report import COMPARISON_FILE, SAMPLES_FILE, write_report
+from rlhf_cluster.telemetry.tensorboard import TensorBoardSink
+from rlhf_cluster.telemetry.timer import Timeline, Timer
+
+HELDOUT_STEP = -1  # the label of the held-out batch: the same seeds before and after, never a training step
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run while it runs: its config, inputs, directory and displays."""
+
+    cfg: RunConfig
+    inputs: Inputs
+    directory: RunDirectory
+    progress: Progress
+    metrics: MetricsLog
+    timeline: Timeline
+
+    @property
+    def attempt(self) -> Attempt:
+        return Attempt(self.cfg.name, self.directory.attempt, self.directory.attempt_logs)
+
+    def output(self, stage: str) -> Path | None:
+        return self.directory.stage_output(stage)
+
+    @property
+    def start_policy(self) -> Path:
+        """The policy that the reward model and PPO start from: SFT's, or the one that the config names."""
+        trained = self.output(sft.STAGE)
+        return trained / "policy" if trained else self.inputs.base_path
+
+
+def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
+    """Runs the stages of `cfg`; returns the run's directory. Everything that can be refused is refused first."""
+    inputs = load_inputs(cfg)
+    path = Path(cfg.dir or Path("runs") / cfg.name).resolve()
+    with RunDirectory(path) as directory:
+        _keep_config(directory, cfg, overrides)
+        with driver_log(directory.attempt_logs / "driver.log") as terminal, _metrics(cfg, directory, terminal) as shown:
+            progress, metrics = shown
+            whole = Run(cfg, inputs, directory, progress, metrics, Timeline())
+            progress.note(f"{cfg.name}: {', '.join(cfg.stages)} in {path} (attempt {directory.attempt})")
+            if inputs.dropped:
+                progress.note(f"rows not used: {', '.join(f'{reason}: {n}' for reason, n in inputs.dropped.items())}")
+            with ray_session(cfg.cluster, roles_at_once(cfg)):
+                for stage in cfg.stages:
+                    STAGES[stage](whole)
+            whole.timeline.write_chrome(directory.timeline)
+            progress.note(f"report: {write_report(path)}")
+            progress.note(f"talk to it: rlhf-cluster chat {path}")
+    return path
+
+
+def _keep_config(directory: RunDirectory, cfg: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuses to mix two different runs in one directory, and writes what this one is."""
+    resolved = to_yaml(cfg)
+    if directory.holds_run:
+        if cfg.resume == "never":
+            raise ConfigError(f"{directory.path} holds a run already and resume=never; choose another dir")
+        before = directory.resolved_config.read_text()
+        if before != resolved:
+            new, old = resolved.splitlines(), before.splitlines()
+            differing = [line.strip() for line in new if line not in old][:3]
+            raise ConfigError(
+                f"{directory.path} holds a run with another config (here: {'; '.join(differing) or 'fewer keys'}); "
+                "choose another dir, or give the same overrides to continue it"
+            )
+    directory.write_config(resolved, overrides)
+    directory.write_environment(describe_environment())
+
+
+def roles_at_once(cfg: RunConfig) -> dict[str, dict[str, Resources]]:
+    """Which roles run at the same time, by stage."""
+    together = {
+        sft.STAGE: {"sft": cfg.sft.resources},
+        rm.STAGE: {"rm": cfg.rm.resources},
+        ppo.STAGE: {
+            "generation": cfg.generation.resources,
+            "reward": cfg.reward.resources,
+            "learner": cfg.learner.resources,
+            **({} if cfg.ppo.kl.kind == "none" else {"reference": cfg.reference.resources}),
+        },
+    }
+    if cfg.rm.ranking.labeler:
+        together["ranking"] = {"generation": cfg.generation.resources}
+    return {stage: roles for stage, roles in together.items() if stage in cfg.stages or stage == "ranking"}
+
+
+@contextmanager
+def _metrics(cfg: RunConfig, directory: RunDirectory, terminal) -> Iterator[tuple[Progress, MetricsLog]]:  # type: ignore[no-untyped-def]
+    progress = Progress.on(terminal, cfg.logging.progress)
+    jsonl = JsonlSink(directory.metrics)
+    sinks: list[Sink] = [jsonl, ConsoleSink(progress)]
+    if cfg.logging.tensorboard:
+        sinks.append(TensorBoardSink(directory.path / "tensorboard"))
+    with MetricsLog(sinks, progress.note, elapsed=jsonl.elapsed()) as metrics:
+        yield progress, metrics
+
+
+def run_sft(run: Run) -> None:
+    """Stage 1: `stages/sft/policy`."""
+    if run.output(sft.STAGE):
+        run.progress.note("sft: finished before, its output is used")
+        return
+    run.metrics.cut(sft.STAGE, 0)
+    with run.directory.commit_stage(sft.STAGE) as output:
+        job = sft.SFTJob(
+            run.cfg.sft, run.cfg.model, run.cfg.seed, run.inputs.base_path, run.inputs.demonstrations, output / "policy"
+        )
+        _on_ranks(run, sft.STAGE, sft.train, job, run.cfg.sft.resources)
+
+
+def _on_ranks(run: Run, stage: str, train: Callable, job: sft.SFTJob | rm.RMJob, resources: Resources) -> None:  # type: ignore[type-arg]
+    with run.progress.stage(stage, job.steps()):
+        train_on_ranks(
+            stage, train, job, resources, run.cfg.cluster, run.directory.attempt_logs,
+            lambda step, metrics: run.metrics.log(stage, step + 1, metrics),
+        )
+
+
+def run_rm(run: Run) -> None:
+    """Stage 2: `stages/rm`, a plain body with its score head, and its agreement with held-out rankings."""
+    if run.output(rm.STAGE):
+        run.progress.note("rm: finished before, its output is used")
+        return
+    comparisons, heldout = _rankings(run)
+    run.metrics.cut(rm.STAGE, 0)
+    with run.directory.commit_stage(rm.STAGE) as output:
+        shown = run.inputs.demonstrations
+        job = rm.RMJob(
+            run.cfg.rm, run.cfg.model, run.cfg.seed, run.start_policy, comparisons, heldout, shown, output / "reward_model"
+        )
+        _on_ranks(run, rm.STAGE, rm.train, job, run.cfg.rm.resources)
+        evaluation = rm.read_evaluation(job.output)
+    write_calibration(run.directory.path, calibration(evaluation.margins))
+    run.progress.note(f"reward model: {evaluation}")
+
+
+def _rankings(run: Run) -> tuple[Comparisons, Comparisons]:
+    """Comparisons to train on and to be judged by: the data's own, or a labeler's of the policy's samples."""
+    ranking = run.cfg.rm.ranking
+    if not ranking.labeler:
+        return run.inputs.comparisons, run.inputs.heldout_comparisons
+    if not run.output("ranking"):
+        with run.directory.commit_stage("ranking") as output:
+            run.progress.note(
+                f"ranking: {ranking.responses} samples of {ranking.prompts} prompts, ranked by {ranking.labeler}, "
+                "a stated stand-in for a human labeler"
+            )
+            began = time.monotonic()
+            comparisons = asyncio.run(_rank(run))
+            if len(comparisons) < 2:
+                raise ConfigError(
+                    f"the labeler {ranking.labeler} told the samples of {len(comparisons)} of {ranking.prompts} prompts apart, "
+                    "2 are needed; rank more prompts or lower rm.ranking.tie_margin"
+                )
+            pq.write_table(comparisons.table, output / "comparisons.parquet")
+            run.progress.note(f"ranking: {len(comparisons)} prompts with a winner, {time.monotonic() - began:.0f} s")
+    comparisons = Comparisons(pq.read_table(run.output("ranking") / "comparisons.parquet"))
+    return split_comparisons(comparisons, run.cfg.data.heldout_fraction)
+
+
+async def _rank(run: Run) -> Comparisons:
+    cfg, prompts = run.cfg, run.inputs.prompts
+    order = PromptOrder(prompts, -1 - cfg.seed)  # not PPO's order and seeds: its first batch would repeat these samples
+    count, responses = min(cfg.rm.ranking.prompts, len(prompts)), cfg.rm.ranking.responses
+    members = order.members(0, count * responses, responses)
+    async with open_generation(cfg, run.attempt, run.start_policy) as generation:
+        labeler = make_labeler(cfg.rm.ranking.labeler)
+        return await rank_samples(generation, members, labeler, cfg.rm.ranking.tie_margin, run.inputs.text)
+
+
+def run_ppo(run: Run) -> None:
+    """Stage 3: checkpoints, and the comparison before/after on the held-out prompts."""
+    asyncio.run(_run_ppo(run))
+
+
+async def _run_ppo(run: Run) -> None:
+    cfg, checkpoints = run.cfg, Checkpoints(run.directory.checkpoints)
+    checkpoints.sweep()
+    trained = run.output(rm.STAGE)
+    reward_model = Path(cfg.reward.path) if cfg.reward.path else trained / "reward_model" if trained else None
+    reference = Path(cfg.reference.path) if cfg.reference.path else run.start_policy
+    run.progress.note("ppo: starting generation, reward, reference and learner workers")
+    async with open_rooms(cfg, run.attempt, PPOPaths(run.start_policy, reference, reward_model)) as opened:
+        start = await _resume(run, opened, checkpoints)
+        before = await _before(run, opened)
+        log = ppo.Log(
+            run.metrics,
+            Timer(run.timeline, ppo.STAGE),
+            RolloutLog(run.directory.rollouts),
+            checkpoints,
+            lambda step, batch: _show(run, step, batch),
+        )
+        with run.progress.stage(ppo.STAGE, cfg.ppo.steps):
+            await ppo.train(opened.rooms, PromptOrder(run.inputs.prompts, cfg.seed), cfg.ppo, log, start)
+        after = await _heldout(run, opened, "after")
+        _compare(run, before, after)
+        peaks = await opened.peak_memory()
+        run.metrics.log("resources", cfg.ppo.steps, {f"memory_gb/{name.replace(' ', '_')}": b / 1e9 for name, b in peaks.items()})
+
+
+async def _resume(run: Run, opened: OpenRooms, checkpoints: Checkpoints) -> int:
+    """Goes on from the last complete checkpoint; what lies past it is cut off. Returns the first iteration to run."""
+    found = checkpoints.latest()
+    start = 0
+    if found is not None:
+        checkpoints.verify(found)
+        start = ppo.resume_step(found.path)
+        await opened.learner.load(found.path, start)
+        await opened.learner.publish(start)
+        await opened.rooms.generation.receive(start)
+        run.progress.note(f"ppo: continues from the checkpoint of iteration {start}")
+    run.metrics.cut(ppo.STAGE, start)
+    RolloutLog(run.directory.rollouts).cut(start - 1)
+    return start
+
+
+async def _before(run: Run, opened: OpenRooms) -> HeldOut:
+    """The held-out samples of the policy that PPO starts from, sampled once and kept for a resumed run."""
+    if kept := run.output("before"):
+        return read_heldout(kept / "heldout.parquet", run.cfg.evaluation.samples_per_prompt)
+    sampled = await _heldout(run, opened, "before")
+    with run.directory.commit_stage("before") as output:
+        pq.write_table(sampled.table(), output / "heldout.parquet")
+    return sampled
+
+
+def read_heldout(path: Path, samples_per_prompt: int) -> HeldOut:
+    table = pq.read_table(path)
+    kind = ReferencedRollouts if "ref_logprobs" in table.column_names else ScoredRollouts
+    gold = table.column("gold").to_numpy().reshape(-1, samples_per_prompt)
+    return HeldOut(kind(table), gold, samples_per_prompt)
+
+
+async def _heldout(run: Run, opened: OpenRooms, when: str) -> HeldOut:
+    cfg = run.cfg.evaluation
+    run.progress.note(f"held-out prompts, {when}: {len(run.inputs.heldout_prompts)} x {cfg.samples_per_prompt} samples")
+    members = heldout_members(run.inputs.heldout_prompts, HELDOUT_STEP, cfg.samples_per_prompt, run.cfg.seed)
+    gold = make_labeler(cfg.gold).score if cfg.gold else None
+    return await sample_heldout(opened.rooms, members, cfg.samples_per_prompt, gold, run.inputs.text)
+
+
+def _compare(run: Run, before: HeldOut, after: HeldOut) -> None:
+    name = run.cfg.evaluation.gold or "the reward model itself"
+    comparison = compare_heldout(before, after, name)
+    (run.directory.path / COMPARISON_FILE).write_text(comparison.to_json())
+    write_samples(run.directory.path / SAMPLES_FILE, samples(before, after, run.inputs.text))
+    pq.write_table(after.table(), run.directory.path / "heldout_after.parquet")
+    run.progress.comparison(comparison)
+
+
+def _show(run: Run, step: int, batch: ScoredRollouts) -> None:
+    every = run.cfg.logging.sample_every
+    if every and step % every == 0:
+        prompt, response = run.inputs.text(batch.prompt_ids[0]), run.inputs.text(batch.response_ids[0])
+        run.progress.sample(prompt, response, float(batch.score[0]))
+
+
+STAGES: dict[str, Callable[[Run], None]] = {sft.STAGE: run_sft, rm.STAGE: run_rm, ppo.STAGE: run_ppo}

@@ -1,0 +1,135 @@
+"""Stage 3: proximal policy optimization against the reward model (InstructGPT section 3.5; Ziegler et al. 2019).
+
+           +---------------------------- weights v+1 --------------------------------+
+           v                                                                         |
+prompts -> generation -> scoring || reference -> learner: add ... update -> publish -+-> log, checkpoint
+           per rollout, as each one ends
+
+One loop for every degree of asynchrony: `max_staleness + 1` batches are open at once, and with 0 each batch is sampled
+from the policy that it then updates. A batch's members are fixed when it opens, so arrival order changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rlhf_cluster.algo.kl import FixedKL
+from rlhf_cluster.config import PPOConfig
+from rlhf_cluster.records import Members, Rollouts, ScoredRollouts, UpdateStats, join
+from rlhf_cluster.rooms import Rooms
+from rlhf_cluster.storage.checkpoints import Checkpoints
+from rlhf_cluster.storage.rollout_log import RolloutLog
+from rlhf_cluster.telemetry.metrics import MetricsLog
+from rlhf_cluster.telemetry.timer import Timer
+
+STAGE = "ppo"
+RUN_STATE = "run.json"
+
+
+class Batches(Protocol):
+    """Which responses to sample in a step: a pure function of the step."""
+
+    def members(self, step: int, batch_size: int, samples_per_prompt: int) -> Members: ...
+
+
+@dataclass(frozen=True)
+class Log:
+    """Where a run writes down what happened."""
+
+    metrics: MetricsLog
+    timer: Timer
+    rollouts: RolloutLog
+    checkpoints: Checkpoints
+    show: Callable[[int, ScoredRollouts], None]
+
+
+async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start: int = 0) -> None:
+    """Runs iterations `start` to `cfg.steps`; the policy of iteration n is weight version n."""
+    kl = FixedKL(cfg.kl.coef)
+    batches: deque[asyncio.Task[ScoredRollouts]] = deque()
+    async with asyncio.TaskGroup() as collecting:
+        for step in range(start, cfg.steps):
+            with log.timer("step"):
+                for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
+                    members = prompts.members(ahead, cfg.batch_size, cfg.samples_per_prompt)
+                    batches.append(collecting.create_task(collect(rooms, ahead, members, log.timer)))
+                batch = await batches.popleft()
+                with log.timer("update"):
+                    stats = await rooms.learner.update(step, kl.coef)
+                with log.timer("update_weights"):
+                    await rooms.learner.publish(stats.weight_version)
+                    await rooms.generation.receive(stats.weight_version)
+                kl.update(stats.metrics["objective/kl"], len(batch))
+                if is_checkpoint(step, cfg):
+                    with log.timer("save_checkpoint"):
+                        await save(rooms, stats.weight_version, log)
+            write_down(step, batch, stats, kl.coef, log)
+
+
+async def collect(rooms: Rooms, step: int, members: Members, timer: Timer) -> ScoredRollouts:
+    """One batch, from its members to rows that the learner has evaluated; each rollout moves on as it ends."""
+    await rooms.learner.begin(step, members.sample_id)
+    rows: list[asyncio.Task[ScoredRollouts]] = []
+    async with asyncio.TaskGroup() as evaluating:
+        with timer("gen"):
+            async for rollouts in rooms.generation.sample(members):
+                rows.append(evaluating.create_task(evaluate(rooms, step, rollouts, timer)))
+    return ScoredRollouts.concat([row.result() for row in rows])
+
+
+async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, timer: Timer) -> ScoredRollouts:
+    """Score and reference side by side, then the learner's own logprobs and values."""
+
+    async def timed(part: str, answer):  # type: ignore[no-untyped-def]
+        with timer(part):
+            return await answer
+
+    scores, ref = await asyncio.gather(
+        timed("reward", rooms.reward.score(rollouts)), timed("ref", rooms.reference.logprobs(rollouts))
+    )
+    scored = join(rollouts, scores, ref)
+    await timed("old_log_prob", rooms.learner.add(step, scored))
+    return scored
+
+
+def is_checkpoint(step: int, cfg: PPOConfig) -> bool:
+    """After every `save_every` iterations, and after the last."""
+    return step + 1 == cfg.steps or (cfg.save_every > 0 and (step + 1) % cfg.save_every == 0)
+
+
+async def save(rooms: Rooms, version: int, log: Log) -> None:
+    """A checkpoint that is either complete or not there. `version` iterations are done."""
+    with log.checkpoints.write(version) as directory:
+        await rooms.learner.save(directory)
+        (directory / RUN_STATE).write_text(json.dumps({"step": version}))
+
+
+def resume_step(checkpoint: Path) -> int:
+    """The iteration that a checkpoint's run goes on with."""
+    return int(json.loads((checkpoint / RUN_STATE).read_text())["step"])
+
+
+def write_down(step: int, batch: ScoredRollouts, stats: UpdateStats, kl_coef: float, log: Log) -> None:
+    """Rollouts, metrics and now and then a sample, once the iteration is done."""
+    seconds = log.timer.take()
+    tokens = sum(map(len, batch.response_ids)) + sum(map(len, batch.prompt_ids))
+    log.rollouts.write(step, batch.table)
+    log.metrics.log(
+        STAGE,
+        stats.weight_version,
+        {
+            **stats.metrics,
+            **seconds,
+            "actor/kl_coef": kl_coef,
+            "sync/version": stats.weight_version,
+            "perf/total_num_tokens": tokens,
+            "perf/throughput": tokens / seconds["timing_s/step"],
+        },
+    )
+    log.show(step, batch)

@@ -1,0 +1,38 @@
+"""One reference worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlhf_cluster.algo.logprobs import logprobs_from_logits
+from rlhf_cluster.models.batching import in_order, micro_batches, singles
+from rlhf_cluster.models.forward import PolicyModule
+from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
+from rlhf_cluster.records import RefLogprobs, Rollouts
+
+
+class ReferenceWorker:
+    """A causal LM that only evaluates. `policy_path` is a plain Hugging Face directory."""
+
+    def __init__(self, policy_path: str, dtype: str, attention: str, tokens_per_micro_batch: int) -> None:
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_policy(Path(policy_path), resolve_dtype(dtype), resolve_attention(attention))
+        self._policy = PolicyModule(model, logprobs_from_logits).to(self._device)
+        self._tokens_per_micro_batch = tokens_per_micro_batch
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts) -> RefLogprobs:
+        """Logprobs of every response token at the temperature it was sampled with."""
+        batches = micro_batches(
+            rollouts.prompt_ids, rollouts.response_ids, singles(len(rollouts)), self._tokens_per_micro_batch
+        )
+        temperature = float(rollouts.temperature[0])
+        parts = []
+        for batch in batches:
+            logprobs, _ = self._policy(*batch.to(self._device).policy_arguments(), temperature)
+            parts.append(batch.split(logprobs))
+        return RefLogprobs.of(
+            {"sample_id": rollouts.sample_id, "ref_logprobs": in_order(batches, parts, len(rollouts))}
+        )

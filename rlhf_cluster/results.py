@@ -1,0 +1,26 @@
+"""What a run left: its config and the policy to talk to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_cluster.config import ConfigError, RunConfig, load_file
+from rlhf_cluster.storage.checkpoints import Checkpoints
+from rlhf_cluster.storage.run_directory import RunLayout
+
+
+def result_policy(run_dir: Path) -> Path:
+    """The newest policy of a run: PPO's last checkpoint, else what SFT made. Raises ConfigError where there is none."""
+    layout = RunLayout(run_dir)
+    if not layout.holds_run:
+        raise ConfigError(f"{run_dir} holds no run; name the directory that `rlhf-cluster run` wrote")
+    if checkpoint := Checkpoints(layout.checkpoints).latest():
+        return checkpoint.path / "policy"
+    if trained := layout.stage_output("sft"):
+        return trained / "policy"
+    raise ConfigError(f"{run_dir} holds no finished policy yet; let the run go on until SFT is done")
+
+
+def result_config(run_dir: Path) -> RunConfig:
+    """The resolved config that the run was started with."""
+    return load_file(RunLayout(run_dir).resolved_config)

@@ -1,0 +1,203 @@
+"""Stage 2: the reward model, from rankings (InstructGPT section 3.5, eq. 1; C.2).
+
+All pairs of a prompt are one batch element, so a response is passed forward once and not K - 1 times. Ties are dropped.
+After training the bias is set so that the demonstrations score 0 on average. Every rank runs `train`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_cluster.algo.losses import ranking_loss
+from rlhf_cluster.config import ModelConfig, RMConfig
+from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.engine.schedule import learning_rate
+from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
+from rlhf_cluster.models.load import resolve_attention, resolve_dtype
+from rlhf_cluster.models.score_head import ScalarHeadModel, save_scalar_head_model
+from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.records import Comparisons, Demonstrations
+
+STAGE = "rm"
+EVALUATION = "rm_evaluation.json"
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class RMJob:
+    """What every rank needs. `demonstrations` centre the scores; they may be few."""
+
+    cfg: RMConfig
+    model: ModelConfig
+    seed: int
+    policy_path: Path
+    comparisons: Comparisons
+    heldout: Comparisons
+    demonstrations: Demonstrations
+    output: Path
+
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return math.ceil(len(self.comparisons) / self.cfg.batch_size) * self.cfg.epochs
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """The prompts of each optimizer step, reshuffled in every epoch, the same on all ranks."""
+        for epoch in range(self.cfg.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.comparisons))
+            yield from np.split(order, range(self.cfg.batch_size, len(order), self.cfg.batch_size))
+
+
+@dataclass(frozen=True)
+class RMEvaluation:
+    """Agreement with held-out rankings. Standard errors are over prompts, whose pairs are not independent."""
+
+    accuracy: float
+    accuracy_se: float
+    margin: float
+    prompts: int
+    pairs: int
+    margins: list[float]  # one per pair: score of the preferred response minus that of the other
+
+    def metrics(self) -> dict[str, float]:
+        return {"rm/heldout_accuracy": self.accuracy, "rm/heldout_accuracy_se": self.accuracy_se, "rm/heldout_margin": self.margin}
+
+
+    def __str__(self) -> str:
+        return (
+            f"held-out accuracy {self.accuracy:.3f} +- {self.accuracy_se:.3f} on {self.pairs} pairs of {self.prompts} prompts, "
+            f"mean margin {self.margin:.2f}"
+        )
+
+
+def read_evaluation(directory: Path) -> RMEvaluation:
+    """What `train` left beside the model."""
+    return RMEvaluation(**json.loads((directory / EVALUATION).read_text()))
+
+
+def train(ranks: Ranks, job: RMJob, report: Report) -> None:
+    """One rank's run; rank 0 reports each step and leaves the model and its held-out evaluation at `job.output`."""
+    torch.manual_seed(job.seed)
+    dtype, attention = resolve_dtype(job.model.dtype), resolve_attention(job.model.attention)
+    model = ScalarHeadModel.from_policy(job.policy_path, dtype, attention, job.seed)
+    engine = TrainEngine(model, job.cfg.engine, job.cfg.optimizer, dtype, ranks)
+    for step, prompts in enumerate(job.batches()):
+        began = time.perf_counter()
+        metrics = gradient(engine, job, prompts)
+        rate = learning_rate(job.cfg.optimizer, step, job.steps())
+        metrics |= {"rm/grad_norm": engine.step(rate), "rm/lr": rate, "timing_s/step": time.perf_counter() - began}
+        if ranks.rank == 0:
+            report(step, metrics)
+    evaluation = evaluate(engine, job)
+    shown = job.demonstrations
+    centre = float(np.mean(score(engine, job, list(shown.prompt_ids), list(shown.response_ids)))) if len(shown) else 0.0
+    weights = {name: tensor.cpu() for name, tensor in engine.full_parameters()}
+    if ranks.rank == 0:
+        weights["score.bias"] = weights["score.bias"].float() - centre
+        save_scalar_head_model(model.config, weights, load_tokenizer(job.policy_path, job.model.chat_template), job.output, dtype)
+        (job.output / EVALUATION).write_text(json.dumps(asdict(evaluation)))
+        report(job.steps(), evaluation.metrics())
+    ranks.gather(None)  # nobody ends before the result is written
+
+
+def gradient(engine: TrainEngine, job: RMJob, prompts: np.ndarray) -> dict[str, float]:
+    """Accumulates the gradient of the mean over `prompts` of eq. (1), over all ranks."""
+    ranks = engine.ranks
+    own = list(whole_prompts(job.comparisons, prompts[ranks.rank :: ranks.world], job.cfg.engine.tokens_per_micro_batch))
+    sums = torch.zeros(4, dtype=torch.float64)  # loss over prompts, pairs, correct pairs, margins
+    micro = filled_up([batch for batch, _ in own], int(ranks.max(len(own))))
+    for index, batch in enumerate(micro):
+        scores = engine(*batch.to(_device()).score_arguments())
+        losses = [ranking_loss(scores[rows], ranking) for rows, ranking in (own[index][1] if index < len(own) else [])]
+        loss = torch.stack([one.loss for one in losses]).sum() if losses else 0.0 * scores.sum()
+        engine.backward(loss / len(prompts))
+        for one in losses:
+            sums += torch.stack([one.loss.detach(), one.pairs, one.correct_pairs, one.margin_sum]).double().cpu()
+    loss_sum, pairs, correct, margin = ranks.sum(sums).tolist()
+    return {"rm/loss": loss_sum / len(prompts), "rm/accuracy": correct / pairs, "rm/margin": margin / pairs}
+
+
+def whole_prompts(
+    comparisons: Comparisons, prompts: Sequence[int], tokens_per_micro_batch: int
+) -> Iterator[tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Micro-batches that never part the responses of a prompt, each with (rows of its scores, their ranks) by prompt."""
+    widths = {p: len(comparisons.prompt_ids[p]) + max(map(len, comparisons.responses[p])) for p in prompts}
+    pending: list[int] = []
+    for prompt in sorted(prompts, key=lambda p: -widths[p]):
+        rows = sum(len(comparisons.responses[p]) for p in [*pending, prompt])
+        if pending and rows * widths[pending[0]] > tokens_per_micro_batch:
+            yield _ranked_batch(comparisons, pending)
+            pending = []
+        pending.append(prompt)
+    if pending:
+        yield _ranked_batch(comparisons, pending)
+
+
+def _ranked_batch(comparisons: Comparisons, prompts: Sequence[int]) -> tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]:
+    responses = [response for p in prompts for response in comparisons.responses[p]]
+    repeated = [comparisons.prompt_ids[p] for p in prompts for _ in comparisons.responses[p]]
+    (batch,) = micro_batches(repeated, responses, singles(len(responses)), 1 << 60)
+    place = np.argsort(batch.sequences)  # where a sequence stands in the batch, which is sorted by length
+    ends = np.cumsum([len(comparisons.responses[p]) for p in prompts])
+    rankings = [torch.tensor(comparisons.ranks[p].tolist(), device=_device()) for p in prompts]
+    starts = [0, *ends[:-1].tolist()]
+    rows = [torch.from_numpy(place[start:end]).to(_device()) for start, end in zip(starts, ends, strict=True)]
+    return batch, list(zip(rows, rankings, strict=True))
+
+
+@torch.no_grad()
+def score(engine: TrainEngine, job: RMJob, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> np.ndarray:
+    """Scores of all sequences, on every rank: each computes a share. A collective."""
+    ranks = engine.ranks
+    mine = range(ranks.rank, len(prompts), ranks.world)
+    own = micro_batches(
+        [prompts[i] for i in mine], [responses[i] for i in mine], singles(len(mine)), job.cfg.engine.tokens_per_micro_batch
+    )
+    batches = filled_up(own, int(ranks.max(len(own))))
+    parts = [list(engine(*batch.to(_device()).score_arguments()).float().cpu().numpy()) for batch in batches]
+    scores = np.zeros(len(prompts))
+    for rank, share in enumerate(ranks.gather(in_order(batches, parts, len(mine)))):
+        scores[rank :: ranks.world] = share
+    return scores
+
+
+def evaluate(engine: TrainEngine, job: RMJob) -> RMEvaluation:
+    """Held-out accuracy and margins. A collective."""
+    heldout = job.heldout
+    responses = [response for ranked in heldout.responses for response in ranked]
+    prompts = [heldout.prompt_ids[i] for i, ranked in enumerate(heldout.responses) for _ in ranked]
+    scores = np.split(score(engine, job, prompts, responses), np.cumsum([len(r) for r in heldout.ranks])[:-1])
+    margins = [pair_margins(s, ranks) for s, ranks in zip(scores, heldout.ranks, strict=True)]
+    return summarize([m for m in margins if m.size])
+
+
+def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Score of the better minus score of the worse, for every pair of unequal rank."""
+    better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
+    return scores[better] - scores[worse]
+
+
+def summarize(margins: Sequence[np.ndarray]) -> RMEvaluation:
+    """Accuracy over pooled pairs; its standard error treats a prompt's pairs as one cluster (a ratio estimator)."""
+    pooled = np.concatenate(margins) if margins else np.zeros(0)
+    if not pooled.size:
+        return RMEvaluation(math.nan, math.nan, math.nan, 0, 0, [])
+    correct = np.array([(m > 0).sum() + 0.5 * (m == 0).sum() for m in margins], float)
+    counts = np.array([m.size for m in margins], float)
+    accuracy = correct.sum() / counts.sum()
+    residual = correct - accuracy * counts
+    n = len(margins)
+    spread = math.sqrt((residual**2).sum() * n / max(n - 1, 1)) / counts.sum()
+    return RMEvaluation(float(accuracy), spread, float(pooled.mean()), n, int(pooled.size), pooled.tolist())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,1 @@
+"""What a run says of itself: metrics, timeline, terminal, log files, report."""

@@ -1,0 +1,57 @@
+"""vLLM's side of the transfer: reads a snapshot from shared memory into the live model, layer by layer.
+
+The CPU build of vLLM repacks linear weights and frees the originals, so loading in place is impossible there; the
+layerwise reload of vLLM rebuilds each layer from checkpoint-format tensors and is the documented path on GPUs as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlhf_cluster.weights.snapshot import Snapshot, check
+
+
+@dataclass
+class NoInitInfo(WeightTransferInitInfo):
+    """Shared memory needs no rendezvous."""
+
+
+@dataclass
+class SnapshotInfo(WeightTransferUpdateInfo):
+    """The fields of a `Snapshot`, as vLLM carries them."""
+
+    version: int
+    path: str
+    bytes: int
+    digest: str
+
+
+class SharedMemoryReceiver(WeightTransferEngine[NoInitInfo, SnapshotInfo]):
+    """Checks the digest before the first layer is touched, so that a bad snapshot leaves the model as it was."""
+
+    init_info_cls = NoInitInfo
+    update_info_cls = SnapshotInfo
+
+    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        with torch.device(self.device):
+            initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: SnapshotInfo) -> None:
+        snapshot = Snapshot(update_info.version, update_info.path, update_info.bytes, update_info.digest)
+        check(snapshot)
+        with safe_open(snapshot.path, "pt") as file:
+            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""

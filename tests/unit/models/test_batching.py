@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_cluster.models import ModelError
+from rlhf_cluster.models.batching import (
+    dummy_batch,
+    from_response_frame,
+    in_order,
+    micro_batches,
+    pack,
+    response_mask,
+    singles,
+    to_response_frame,
+)
+
+PROMPTS = [np.array([5, 6], np.int32), np.array([7], np.int32)]
+RESPONSES = [np.array([8, 9, 10], np.int32), np.array([11], np.int32)]
+
+
+def test_padded_rows_by_hand() -> None:
+    (batch,) = micro_batches(PROMPTS, RESPONSES, singles(2), 10)
+    assert batch.input_ids.tolist() == [[5, 6, 8, 9, 10], [7, 11, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert batch.response_positions().tolist() == [1, 2, 3, 5]  # P-1 .. P+R-2, then the second row's 0
+    assert batch.response_targets().tolist() == [8, 9, 10, 11]
+    assert batch.last_positions().tolist() == [4, 6]
+    assert batch.mask().tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_packed_row_by_hand() -> None:
+    (batch,) = micro_batches(PROMPTS, RESPONSES, [[1, 0]], 100)
+    assert batch.input_ids.tolist() == [[7, 11, 5, 6, 8, 9, 10]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, 4]]
+    assert batch.sequences.tolist() == [1, 0]
+    assert batch.response_positions().tolist() == [0, 3, 4, 5]
+    assert batch.response_targets().tolist() == [11, 8, 9, 10]
+    assert batch.last_positions().tolist() == [1, 6]
+
+
+def test_packed_row_shorter_than_its_neighbour_counts_on() -> None:
+    (batch,) = micro_batches(PROMPTS * 2, RESPONSES * 2, [[1], [0, 3]], 100)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    assert batch.sequences.tolist() == [0, 3, 1]
+    assert batch.last_positions().tolist() == [4, 6, 8]
+
+
+@pytest.mark.parametrize("limit", [1, 20, 37, 1000])
+def test_micro_batches_keep_the_limit_and_every_sequence(limit: int, ragged: tuple) -> None:
+    prompts, responses = ragged
+    batches = micro_batches(prompts, responses, singles(len(prompts)), limit)
+    assert all(batch.padded_tokens <= limit or len(batch.sequences) == 1 for batch in batches)
+    assert sorted(np.concatenate([batch.sequences for batch in batches]).tolist()) == list(range(len(prompts)))
+    for batch in batches:
+        assert all(np.array_equal(a, responses[s]) for s, a in zip(batch.sequences, _targets(batch), strict=True))
+
+
+def _targets(batch: object) -> list[np.ndarray]:
+    return batch.split(batch.response_targets())  # type: ignore[attr-defined]
+
+
+def test_bucketing_wastes_little() -> None:
+    rng = np.random.default_rng(0)
+    prompts = [np.ones(8, np.int32)] * 256
+    responses = [np.ones(n, np.int32) for n in rng.integers(1, 120, 256)]
+    real = sum(8 + len(response) for response in responses)
+    padded = sum(batch.padded_tokens for batch in micro_batches(prompts, responses, singles(256), 2048))
+    assert padded < 1.15 * real < 256 * 127 / 1.5  # without buckets all rows are 127 wide
+
+
+def test_empty_prompt_is_refused() -> None:
+    with pytest.raises(ModelError, match="sequence 1 has an empty prompt"):
+        micro_batches([PROMPTS[0], PROMPTS[0][:0]], RESPONSES, singles(2), 10)
+
+
+def test_pack_by_hand() -> None:
+    # 6 opens a row, 5 opens another (4 free), 4 fits both and fills the first (free 4) ... best fit takes the fullest.
+    assert pack([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+
+
+def test_pack_best_fit_equals_brute_force() -> None:
+    lengths = np.random.default_rng(1).integers(1, 11, 200).tolist()
+    rows: list[list[int]] = []
+    for index, length in enumerate(lengths):
+        free = [10 - sum(lengths[s] for s in row) for row in rows]
+        fitting = [(room, row) for row, room in enumerate(free) if room >= length]
+        if fitting:
+            rows[min(fitting)[1]].append(index)
+        else:
+            rows.append([index])
+    assert pack(lengths, 10) == rows
+    assert sorted(itertools.chain.from_iterable(rows)) == list(range(200))
+
+
+def test_pack_refuses_what_no_row_holds() -> None:
+    with pytest.raises(ModelError, match="sequence 1 has 11 tokens; a packed row holds 10"):
+        pack([10, 11], 10)
+
+
+def test_dummy_runs_but_counts_nothing() -> None:
+    dummy = dummy_batch()
+    assert dummy.input_ids.shape == (1, 2)
+    assert dummy.response_positions().tolist() == [0]
+    assert not dummy.mask().any()
+    assert dummy.mask().shape == dummy.response_frame(torch.ones(1)).shape
+    assert dummy.select([np.ones(3, np.float32)])[0].tolist() == [0.0]
+
+
+def test_ragged_results_come_back_in_the_callers_order(ragged: tuple) -> None:
+    prompts, responses = ragged
+    batches = [*micro_batches(prompts, responses, [[6, 0], [1], [2, 3, 4], [5]], 40), dummy_batch()]
+    parts = [_targets(batch) for batch in batches]
+    back = in_order(batches, parts, len(prompts))
+    assert all(np.array_equal(a, b) for a, b in zip(back, responses, strict=True))
+    for batch, own in zip(batches[:-1], parts[:-1], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(batch.select(responses), own, strict=True))
+
+
+def test_response_frame_by_hand_and_back() -> None:
+    rows = [np.array([1.0, 2.0], np.float32), np.array([], np.float32), np.array([3.0, 4.0, 5.0], np.float32)]
+    frame = to_response_frame(rows)
+    assert frame.tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
+    assert response_mask([2, 0, 3]).tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    assert all(np.array_equal(a, b) for a, b in zip(from_response_frame(frame, [2, 0, 3]), rows, strict=True))
+
+
+def test_batch_frame_passes_gradients() -> None:
+    (batch,) = micro_batches(PROMPTS, RESPONSES, singles(2), 10)
+    flat = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    frame = batch.response_frame(flat)
+    assert frame.tolist() == [[1, 2, 3], [4, 0, 0]]
+    (frame * torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).sum().backward()
+    assert flat.grad is not None
+    assert flat.grad.tolist() == [1, 2, 3, 4]
