@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 SET ?= cpu
 BIN := .venv/bin
+# ninja is there, with which DeepSpeed compiles an operator when it is first used.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Tests: one thread a process, no hub, no usage reports, and a Ray that asks for a token which nothing else knows.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \

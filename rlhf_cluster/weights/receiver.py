@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlhf_cluster.weights.snapshot import Snapshot, check
@@ -52,6 +53,18 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInitInfo, SnapshotInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied_heads(self.model)
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
+
+
+def _repack_tied_heads(model: torch.nn.Module) -> None:
+    """An LM head that is tied to the embedding gets no weights of its own, so the reload leaves it alone. Its parameter
+    is then new, but the packed copy that the CPU build multiplies with is still the old one: pack it again.
+    On GPUs nothing is packed and vLLM's method does nothing.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if type(m) is VocabParallelEmbedding}
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
+            module.quant_method.process_weights_after_loading(module)

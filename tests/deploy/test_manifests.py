@@ -1,4 +1,4 @@
-"""The KubeRay manifests against the operator's own schemas, made strict: a field that the operator does not know fails."""
+"""The KubeRay manifests against the operator's schemas, made strict: a field that it does not know fails."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def schemas() -> dict[str, Any]:
     return found
 
 
-def strict(schema: Any, top: bool = True) -> Any:
+def strict(schema: Any) -> Any:
     """Kubernetes drops unknown fields in silence; here they are refused. `int-or-string` is not JSON Schema's."""
     if not isinstance(schema, dict):
         return schema
@@ -57,13 +57,11 @@ def strict(schema: Any, top: bool = True) -> Any:
     if schema.pop("x-kubernetes-int-or-string", False):
         return {**{k: v for k, v in schema.items() if k not in ("type", "anyOf")}, "type": ["integer", "string"]}
     if "properties" in schema:
-        properties = {key: strict(value, top=False) for key, value in schema["properties"].items()}
-        # The schema leaves `metadata` to Kubernetes itself.
-        closed = {} if top and "spec" not in properties else {"additionalProperties": False}
-        return {**schema, "properties": properties, **closed}
+        properties = {key: strict(value) for key, value in schema["properties"].items()}
+        return {**schema, "properties": properties, "additionalProperties": False}
     for key in ("items", "additionalProperties"):
         if key in schema:
-            schema[key] = strict(schema[key], top=False)
+            schema[key] = strict(schema[key])
     return schema
 
 
