@@ -34,7 +34,9 @@ def chat(policy: Path, max_tokens: int, temperature: float) -> None:
             use_cache=True,
             **sampling,
         )
-        messages.append({"role": "assistant", "content": tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)})
+        messages.append(
+            {"role": "assistant", "content": tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)}
+        )
 
 
 def _asked() -> str:

@@ -1,9 +1,10 @@
-"""rlhf-cluster COMMAND: what a person types. Parses, calls one function of the package, and turns errors into a sentence
-and an exit code: 0 done, 1 failed, 2 refused before anything started, 130 interrupted."""
+"""rlhf-cluster COMMAND: what a person types. Parses, calls one function of the package, and turns errors into a
+sentence and an exit code: 0 done, 1 failed, 2 refused before anything started, 130 interrupted."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point of the console script."""
     args = parser().parse_args(arguments)
+    # DeepSpeed compiles with the ninja that is installed beside us, which is not on PATH unless the venv is activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     signal.signal(signal.SIGTERM, _as_interrupt)  # a stopped job ends as one that was interrupted: cleanly
     try:
         return int(args.command(args) or 0)
@@ -79,8 +82,27 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("run_dir", type=Path)
     generate.add_argument("prompts", type=Path)
     generate.add_argument("--output", type=Path, help="jsonl to write; default: the terminal")
+    submission = command("submit", submit, "send a config to a running cluster as a Ray job and follow it")
+    _config_arguments(submission)
+    submission.add_argument("--id", default="", help="the job's id; default: one that Ray makes")
+    submission.add_argument("--detach", action="store_true", help="do not follow the job's output")
+    _address(submission)
+    for name, text in (
+        ("status", "the state of a submitted job"),
+        ("logs", "what a submitted job has printed so far"),
+        ("stop", "end a submitted job; its last checkpoint stays"),
+    ):
+        job = command(name, about_job, text)
+        job.add_argument("job_id")
+        job.set_defaults(verb=name)
+        _address(job)
     command("doctor", doctor, "check this machine and say how to mend what is wrong")
     return top
+
+
+def _address(sub: argparse.ArgumentParser) -> None:
+    default = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    sub.add_argument("--address", default=default, help="the head node's dashboard, http://HOST:8265")
 
 
 def _config_arguments(sub: argparse.ArgumentParser) -> None:
@@ -104,6 +126,37 @@ def run(args: argparse.Namespace) -> None:
 
     quiet_libraries()
     pipeline.run(cfg, args.overrides)
+
+
+def submit(args: argparse.Namespace) -> int:
+    from rlhf_cluster.cluster import jobs
+
+    job_id = jobs.submit(to_yaml(for_cluster(config_of(args))), args.address, args.id)
+    print(f"submitted {job_id}")
+    return 0 if args.detach else jobs.follow(job_id, args.address)
+
+
+def for_cluster(cfg: RunConfig) -> RunConfig:
+    """The config of a job: it attaches to the cluster that runs it, and its paths must not depend on a directory that
+    Ray throws away."""
+    if cfg.cluster.address == "local":
+        cfg.cluster.address = "auto"
+    if not cfg.dir:
+        raise ConfigError("dir is empty; a submitted run needs dir=/an/absolute/path on storage that its nodes share")
+    must = {"dir": cfg.dir} | {
+        f"data.{name}": getattr(cfg.data, name) for name in ("path", "prompts", "demonstrations", "comparisons")
+    }
+    for key, path in must.items():
+        if path and not Path(path).is_absolute():
+            raise ConfigError(f"{key}={path} is a relative path; a submitted run needs an absolute one")
+    return cfg
+
+
+def about_job(args: argparse.Namespace) -> None:
+    from rlhf_cluster.cluster import jobs
+
+    said = {"status": jobs.status, "logs": jobs.logs, "stop": jobs.stop}[args.verb](args.job_id, args.address)
+    print(said.rstrip("\n"))
 
 
 def show_config(args: argparse.Namespace) -> None:

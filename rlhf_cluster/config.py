@@ -1,4 +1,5 @@
-"""The typed configuration of a run: the tree, how it is composed from `conf/`, and what is refused before anything starts.
+"""The typed configuration of a run: the tree, how it is composed from `conf/`, and what is refused before anything
+starts.
 
 Nothing else knows Hydra or OmegaConf. `load` composes, merges onto the dataclasses below and validates; what it returns
 is plain dataclasses, treated as constant from then on.
@@ -117,6 +118,8 @@ class RMConfig:
 
     epochs: int = 1
     batch_size: int = 64  # prompts (not pairs) of a step over all workers
+    layers: int = 0  # first layers of the policy's body that reward model and critic keep; 0: all (InstructGPT's 6B
+    # reward model served policies of every size)
     ranking: RankingConfig = field(default_factory=RankingConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, schedule="cosine"))
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -436,10 +439,14 @@ def _validate_stages(cfg: RunConfig) -> None:
         f"{cfg.generation.max_response_tokens} make {total}, more than model.context={cfg.model.context}; lower one",
     )
     if cfg.model.source == "pretrained" and "sft" in cfg.stages:
-        _require(bool(cfg.model.path), "model.path is empty; name a Hugging Face directory or hub id, or model=smollm2_135m")
+        _require(
+            bool(cfg.model.path), "model.path is empty; name a Hugging Face directory or hub id, or model=smollm2_135m"
+        )
     if cfg.data.source in ("hh", "oasst"):
         _require(bool(cfg.data.path), f"data.path is empty; data={cfg.data.source} needs the file it reads")
-    _require(cfg.rm.ranking.responses >= 2, f"rm.ranking.responses={cfg.rm.ranking.responses}: a ranking needs 2 or more")
+    _require(
+        cfg.rm.ranking.responses >= 2, f"rm.ranking.responses={cfg.rm.ranking.responses}: a ranking needs 2 or more"
+    )
 
 
 def _validate_ppo(cfg: RunConfig) -> None:
@@ -453,7 +460,8 @@ def _validate_ppo(cfg: RunConfig) -> None:
         below = max(n for n in fits if n <= ppo.minibatch_size)
         above = min(n for n in fits if n >= min(ppo.minibatch_size, ppo.batch_size))
         raise ConfigError(
-            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}; use {below} or {above}"
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}; "
+            f"use {below} or {above}"
         )
     ranks = cfg.learner.resources.workers
     _require(
@@ -462,5 +470,7 @@ def _validate_ppo(cfg: RunConfig) -> None:
     )
     needs_path = cfg.reward.kind == "model" and "rm" not in cfg.stages and not cfg.reward.path
     _require(not needs_path, "reward.path is empty and rm is not among the stages: name a reward model's directory")
-    no_policy = "sft" not in cfg.stages and not cfg.policy_path and cfg.model.source == "pretrained" and not cfg.model.path
+    no_policy = (
+        "sft" not in cfg.stages and not cfg.policy_path and cfg.model.source == "pretrained" and not cfg.model.path
+    )
     _require(not no_policy, "there is no policy to start from: set policy_path or model.path, or add sft to the stages")

@@ -30,7 +30,10 @@ def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> None:
     members = heldout_members(prompts, 0, 1, cfg.seed)
     quiet_libraries()
     logs = run_dir.resolve() / "logs" / "generate"
-    with driver_log(logs / "driver.log"), ray_session(cfg.cluster, {"generate": {"generation": cfg.generation.resources}}):
+    with (
+        driver_log(logs / "driver.log"),
+        ray_session(cfg.cluster, {"generate": {"generation": cfg.generation.resources}}),
+    ):
         rollouts = asyncio.run(_sample(cfg, policy, members, logs))
     lines = [_answer(rollouts, row, tokenizer) for row in range(len(rollouts))]
     (output.open("w", encoding="utf-8") if output else sys.stdout).write("".join(lines))

@@ -1,4 +1,5 @@
-"""What a run starts from: the base model's directory, its tokenizer, and the data as records. All of it is checked here,
+"""What a run starts from: the base model's directory, its tokenizer, and the data as records. All of it is checked
+here,
 before any worker starts."""
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def load_inputs(cfg: RunConfig) -> Inputs:
     base_path = Path(cfg.policy_path) if cfg.policy_path else prepare_model(cfg.model)
     limit = context_length(base_path)
     if cfg.model.context > limit:
-        raise ConfigError(f"model.context={cfg.model.context} is beyond the model's own context of {limit} tokens; lower it")
+        raise ConfigError(
+            f"model.context={cfg.model.context} is beyond the model's own context of {limit} tokens; lower it"
+        )
     tokenizer = load_tokenizer(base_path, cfg.model.chat_template)
     inputs = encode(load_corpus(cfg.data, cfg.seed), cfg, base_path, tokenizer)
     _require_data(cfg, inputs)
@@ -74,7 +77,10 @@ def _require_data(cfg: RunConfig, inputs: Inputs) -> None:
     ranked = cfg.rm.ranking.labeler != ""
     needs = {
         "sft": (len(inputs.demonstrations), "demonstrations (data.demonstrations)"),
-        "rm": (len(inputs.prompts if ranked else inputs.comparisons), "prompts (data.prompts)" if ranked else "comparisons (data.comparisons)"),
+        "rm": (
+            len(inputs.prompts if ranked else inputs.comparisons),
+            "prompts (data.prompts)" if ranked else "comparisons (data.comparisons)",
+        ),
         "ppo": (len(inputs.prompts), "prompts (data.prompts)"),
     }
     for stage in cfg.stages:
@@ -84,6 +90,6 @@ def _require_data(cfg: RunConfig, inputs: Inputs) -> None:
             raise ConfigError(f"stage {stage} has no {what} to learn from: data.source={cfg.data.source}{dropped}")
     if "ppo" in cfg.stages and len(inputs.heldout_prompts) < 2:
         raise ConfigError(
-            f"{len(inputs.heldout_prompts)} held-out prompts are left of data.heldout_prompts={cfg.data.heldout_prompts}; "
-            "the comparison before/after needs 2 or more"
+            f"{len(inputs.heldout_prompts)} held-out prompts are left of "
+            f"data.heldout_prompts={cfg.data.heldout_prompts}; the comparison before/after needs 2 or more"
         )

@@ -150,7 +150,12 @@ def run_sft(run: Run) -> None:
 def _on_ranks(run: Run, stage: str, train: Callable, job: sft.SFTJob | rm.RMJob, resources: Resources) -> None:  # type: ignore[type-arg]
     with run.progress.stage(stage, job.steps()):
         train_on_ranks(
-            stage, train, job, resources, run.cfg.cluster, run.directory.attempt_logs,
+            stage,
+            train,
+            job,
+            resources,
+            run.cfg.cluster,
+            run.directory.attempt_logs,
             lambda step, metrics: run.metrics.log(stage, step + 1, metrics),
         )
 
@@ -165,7 +170,14 @@ def run_rm(run: Run) -> None:
     with run.directory.commit_stage(rm.STAGE) as output:
         shown = run.inputs.demonstrations
         job = rm.RMJob(
-            run.cfg.rm, run.cfg.model, run.cfg.seed, run.start_policy, comparisons, heldout, shown, output / "reward_model"
+            run.cfg.rm,
+            run.cfg.model,
+            run.cfg.seed,
+            run.start_policy,
+            comparisons,
+            heldout,
+            shown,
+            output / "reward_model",
         )
         _on_ranks(run, rm.STAGE, rm.train, job, run.cfg.rm.resources)
         evaluation = rm.read_evaluation(job.output)
@@ -188,8 +200,8 @@ def _rankings(run: Run) -> tuple[Comparisons, Comparisons]:
             comparisons = asyncio.run(_rank(run))
             if len(comparisons) < 2:
                 raise ConfigError(
-                    f"the labeler {ranking.labeler} told the samples of {len(comparisons)} of {ranking.prompts} prompts apart, "
-                    "2 are needed; rank more prompts or lower rm.ranking.tie_margin"
+                    f"the labeler {ranking.labeler} told the samples of {len(comparisons)} of {ranking.prompts} "
+                    "prompts apart, 2 are needed; rank more prompts or lower rm.ranking.tie_margin"
                 )
             pq.write_table(comparisons.table, output / "comparisons.parquet")
             run.progress.note(f"ranking: {len(comparisons)} prompts with a winner, {time.monotonic() - began:.0f} s")
@@ -234,7 +246,9 @@ async def _run_ppo(run: Run) -> None:
         after = await _heldout(run, opened, "after")
         _compare(run, before, after)
         peaks = await opened.peak_memory()
-        run.metrics.log("resources", cfg.ppo.steps, {f"memory_gb/{name.replace(' ', '_')}": b / 1e9 for name, b in peaks.items()})
+        run.metrics.log(
+            "resources", cfg.ppo.steps, {f"memory_gb/{name.replace(' ', '_')}": b / 1e9 for name, b in peaks.items()}
+        )
 
 
 async def _resume(run: Run, opened: OpenRooms, checkpoints: Checkpoints) -> int:

@@ -29,7 +29,8 @@ class RecordError(ValueError):
 
 
 class Column:
-    """A column of a record: declares its Arrow type, reads it as numpy (numbers), `list[str]` (text) or views (lists)."""
+    """A column of a record: declares its Arrow type, reads it as numpy (numbers), `list[str]` (text) or views
+    (lists)."""
 
     def __init__(self, type_: pa.DataType, per_token: bool = False) -> None:
         self.type = type_

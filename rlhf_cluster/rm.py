@@ -68,13 +68,16 @@ class RMEvaluation:
     margins: list[float]  # one per pair: score of the preferred response minus that of the other
 
     def metrics(self) -> dict[str, float]:
-        return {"rm/heldout_accuracy": self.accuracy, "rm/heldout_accuracy_se": self.accuracy_se, "rm/heldout_margin": self.margin}
-
+        return {
+            "rm/heldout_accuracy": self.accuracy,
+            "rm/heldout_accuracy_se": self.accuracy_se,
+            "rm/heldout_margin": self.margin,
+        }
 
     def __str__(self) -> str:
         return (
-            f"held-out accuracy {self.accuracy:.3f} +- {self.accuracy_se:.3f} on {self.pairs} pairs of {self.prompts} prompts, "
-            f"mean margin {self.margin:.2f}"
+            f"held-out accuracy {self.accuracy:.3f} +- {self.accuracy_se:.3f} on {self.pairs} pairs of "
+            f"{self.prompts} prompts, mean margin {self.margin:.2f}"
         )
 
 
@@ -87,7 +90,7 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
     """One rank's run; rank 0 reports each step and leaves the model and its held-out evaluation at `job.output`."""
     torch.manual_seed(job.seed)
     dtype, attention = resolve_dtype(job.model.dtype), resolve_attention(job.model.attention)
-    model = ScalarHeadModel.from_policy(job.policy_path, dtype, attention, job.seed)
+    model = ScalarHeadModel.from_policy(job.policy_path, dtype, attention, job.seed, job.cfg.layers)
     engine = TrainEngine(model, job.cfg.engine, job.cfg.optimizer, dtype, ranks)
     for step, prompts in enumerate(job.batches()):
         began = time.perf_counter()
@@ -102,7 +105,9 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
     weights = {name: tensor.cpu() for name, tensor in engine.full_parameters()}
     if ranks.rank == 0:
         weights["score.bias"] = weights["score.bias"].float() - centre
-        save_scalar_head_model(model.config, weights, load_tokenizer(job.policy_path, job.model.chat_template), job.output, dtype)
+        save_scalar_head_model(
+            model.config, weights, load_tokenizer(job.policy_path, job.model.chat_template), job.output, dtype
+        )
         (job.output / EVALUATION).write_text(json.dumps(asdict(evaluation)))
         report(job.steps(), evaluation.metrics())
     ranks.gather(None)  # nobody ends before the result is written
@@ -111,7 +116,9 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
 def gradient(engine: TrainEngine, job: RMJob, prompts: np.ndarray) -> dict[str, float]:
     """Accumulates the gradient of the mean over `prompts` of eq. (1), over all ranks."""
     ranks = engine.ranks
-    own = list(whole_prompts(job.comparisons, prompts[ranks.rank :: ranks.world], job.cfg.engine.tokens_per_micro_batch))
+    own = list(
+        whole_prompts(job.comparisons, prompts[ranks.rank :: ranks.world], job.cfg.engine.tokens_per_micro_batch)
+    )
     sums = torch.zeros(4, dtype=torch.float64)  # loss over prompts, pairs, correct pairs, margins
     micro = filled_up([batch for batch, _ in own], int(ranks.max(len(own))))
     for index, batch in enumerate(micro):
@@ -128,7 +135,8 @@ def gradient(engine: TrainEngine, job: RMJob, prompts: np.ndarray) -> dict[str, 
 def whole_prompts(
     comparisons: Comparisons, prompts: Sequence[int], tokens_per_micro_batch: int
 ) -> Iterator[tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """Micro-batches that never part the responses of a prompt, each with (rows of its scores, their ranks) by prompt."""
+    """Micro-batches that never part the responses of a prompt, each with (rows of its scores, their ranks) by
+    prompt."""
     widths = {p: len(comparisons.prompt_ids[p]) + max(map(len, comparisons.responses[p])) for p in prompts}
     pending: list[int] = []
     for prompt in sorted(prompts, key=lambda p: -widths[p]):
@@ -141,7 +149,9 @@ def whole_prompts(
         yield _ranked_batch(comparisons, pending)
 
 
-def _ranked_batch(comparisons: Comparisons, prompts: Sequence[int]) -> tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]:
+def _ranked_batch(
+    comparisons: Comparisons, prompts: Sequence[int]
+) -> tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]:
     responses = [response for p in prompts for response in comparisons.responses[p]]
     repeated = [comparisons.prompt_ids[p] for p in prompts for _ in comparisons.responses[p]]
     (batch,) = micro_batches(repeated, responses, singles(len(responses)), 1 << 60)
@@ -154,12 +164,17 @@ def _ranked_batch(comparisons: Comparisons, prompts: Sequence[int]) -> tuple[Pac
 
 
 @torch.no_grad()
-def score(engine: TrainEngine, job: RMJob, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> np.ndarray:
+def score(
+    engine: TrainEngine, job: RMJob, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
+) -> np.ndarray:
     """Scores of all sequences, on every rank: each computes a share. A collective."""
     ranks = engine.ranks
     mine = range(ranks.rank, len(prompts), ranks.world)
     own = micro_batches(
-        [prompts[i] for i in mine], [responses[i] for i in mine], singles(len(mine)), job.cfg.engine.tokens_per_micro_batch
+        [prompts[i] for i in mine],
+        [responses[i] for i in mine],
+        singles(len(mine)),
+        job.cfg.engine.tokens_per_micro_batch,
     )
     batches = filled_up(own, int(ranks.max(len(own))))
     parts = [list(engine(*batch.to(_device()).score_arguments()).float().cpu().numpy()) for batch in batches]

@@ -1,4 +1,5 @@
-"""What the PPO loop may ask of a room: five Protocols, kept by the in-process fakes of the tests and by the real rooms alike.
+"""What the PPO loop may ask of a room: five Protocols, kept by the in-process fakes of the tests and by the real
+rooms alike.
 
 The calling convention: methods are `async`; whoever implements them owns its waits, each with a deadline. A call that
 changes something carries its `step` or `version`, and repeating one that was applied returns the stored answer.

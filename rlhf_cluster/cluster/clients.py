@@ -63,7 +63,9 @@ class GenerationPool:
                 else:
                     yield rollouts
 
-    async def _next(self, arrived: asyncio.Queue[Rollouts | None], holders: Sequence[asyncio.Task[None]]) -> Rollouts | None:
+    async def _next(
+        self, arrived: asyncio.Queue[Rollouts | None], holders: Sequence[asyncio.Task[None]]
+    ) -> Rollouts | None:
         """The next table, or the failure of a holder: a queue alone would wait for ever on a worker that failed."""
         taking = asyncio.ensure_future(arrived.get())
         while True:
@@ -95,7 +97,9 @@ class GenerationPool:
         snapshot = await answer(channel.store.actor.snapshot.remote(version), call, self._deadline_s)
         receiving = [
             answer(
-                host.actor.receive_from.remote(channel.store.actor, snapshot, channel.node, channel.run, channel.attempt),
+                host.actor.receive_from.remote(
+                    channel.store.actor, snapshot, channel.node, channel.run, channel.attempt
+                ),
                 Call(host.name, "receive", host.log),
                 self._deadline_s,
             )
@@ -157,7 +161,7 @@ class LearnerGroup:
         self._owners[step] = plans[0]
 
     async def add(self, step: int, rows: ScoredRollouts) -> None:
-        """A rank's share travels as (reference, start, stop): the rows are put once, sorted by the rank that owns them."""
+        """A rank's share travels as (reference, start, stop): rows are put once, sorted by the rank that owns them."""
         owners = np.array([self._owners[step][sample_id] for sample_id in rows.sample_id])
         stops = np.cumsum(np.bincount(owners, minlength=len(self._hosts))).tolist()
         reference = ray.put(rows.take(np.argsort(owners, kind="stable")))

@@ -27,12 +27,16 @@ class Host:
     log: Path
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(resources: Resources) -> dict[str, str]:
     """Variables that a worker process is born with.
 
-    Threads that spin at barriers make processes that share cores ten times slower: idle ones must sleep.
+    Threads that spin at barriers make processes that share cores ten times slower: idle ones must sleep. Without a GPU
+    nothing gains from compilation, and vLLM's first request would wait half a minute for it.
     """
+    threads = resources.threads
+    on_cpu = {} if resources.num_gpus else {"TORCHDYNAMO_DISABLE": "1"}
     return {
+        **on_cpu,
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "KMP_BLOCKTIME": "0",
@@ -99,7 +103,13 @@ def hosted(worker: type) -> type:
 
 
 def spawn(
-    worker: type, name: str, log: Path, resources: Resources, args: tuple[Any, ...] = (), group: Any = None, bundle: int = 0
+    worker: type,
+    name: str,
+    log: Path,
+    resources: Resources,
+    args: tuple[Any, ...] = (),
+    group: Any = None,
+    bundle: int = 0,
 ) -> Host:
     """Starts one actor; returns at once. It shares the driver's fate and is never restarted behind our back."""
     options: dict[str, Any] = {
@@ -107,7 +117,7 @@ def spawn(
         "num_gpus": resources.num_gpus,
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": environment(resources.threads)},
+        "runtime_env": {"env_vars": environment(resources)},
     }
     if resources.memory:
         options["memory"] = resources.memory

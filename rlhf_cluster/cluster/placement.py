@@ -6,6 +6,7 @@ All workers of a stage start at once; the slowest decides. Leaving ends every on
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rlhf_cluster.weights.snapshot import store_directory
 from rlhf_cluster.weights.store import WeightStore, sweep
 
 STORE = Resources(num_cpus=0.0)
+STOP_S = 20.0  # what a vLLM engine has to end by itself
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class OpenRooms:
 
     async def peak_memory(self) -> Mapping[str, int]:
         """Bytes by worker, the processes that it started included."""
-        asked = [answer(host.actor.peak_memory.remote(), Call(host.name, "peak_memory", host.log), 60) for host in self.hosts]
+        asked = [
+            answer(host.actor.peak_memory.remote(), Call(host.name, "peak_memory", host.log), 60) for host in self.hosts
+        ]
         return dict(zip((host.name for host in self.hosts), await asyncio.gather(*asked), strict=True))
 
 
@@ -91,7 +95,8 @@ class Starter:
         await answer(group.ready(), Call("learner", "placement"), cfg.cluster.start_timeout_s)
         args = (cfg.learner, cfg.ppo, cfg.model, cfg.generation.temperature, cfg.seed)
         hosts = [
-            self._spawn(LearnerWorker, "learner", index, resources, args, group, index) for index in range(resources.workers)
+            self._spawn(LearnerWorker, "learner", index, resources, args, group, index)
+            for index in range(resources.workers)
         ]
         endpoint = await self._answer(hosts[0], "endpoint", hosts[0].actor.endpoint.remote())
         starting = (len(hosts), endpoint, cfg.cluster.call_timeout_s, paths.policy, paths.reward_model)
@@ -110,9 +115,18 @@ class Starter:
         return WeightChannel(store, node, directory, attempt.run, attempt.number)
 
     def _spawn(
-        self, worker: type, role: str, index: int, resources: Resources, args: tuple[Any, ...], group: Any = None, bundle: int = 0
+        self,
+        worker: type,
+        role: str,
+        index: int,
+        resources: Resources,
+        args: tuple[Any, ...],
+        group: Any = None,
+        bundle: int = 0,
     ) -> Host:
-        host = spawn(worker, f"{role} {index}", self.attempt.logs / f"{role}-{index}.log", resources, args, group, bundle)
+        host = spawn(
+            worker, f"{role} {index}", self.attempt.logs / f"{role}-{index}.log", resources, args, group, bundle
+        )
         self.hosts.append(host)
         return host
 
@@ -122,7 +136,13 @@ class Starter:
     async def ready(self, hosts: list[Host]) -> None:
         await asyncio.gather(*(self._answer(host, "ready", host.actor.ready.remote()) for host in hosts))
 
-    def end(self) -> None:
+    async def end(self) -> None:
+        """Ends every worker; vLLM is asked first, so that its own processes and semaphores go with it."""
+        engines = [host for host in self.hosts if host.name.startswith("generation")]
+        asked = [answer(host.actor.stop.remote(), Call(host.name, "stop", host.log), STOP_S) for host in engines]
+        for result in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(result, BaseException):
+                logging.getLogger(__name__).warning("while ending: %s", result)
         for host in self.hosts:
             ray.kill(host.actor)
         for group in self._groups:
@@ -140,7 +160,7 @@ async def open_generation(cfg: RunConfig, attempt: Attempt, policy: Path) -> Asy
         await asyncio.gather(*starting)
         yield GenerationPool(hosts, channel, cfg.cluster.call_timeout_s)
     finally:
-        starter.end()
+        await starter.end()
 
 
 @asynccontextmanager
@@ -157,7 +177,9 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, paths: PPOPaths) -> Async
             limit = cfg.reference.tokens_per_micro_batch
             reference_args = (str(paths.reference), cfg.model.dtype, cfg.model.attention, limit)
             reference = starter.start(ReferenceWorker, "reference", cfg.reference.resources, reference_args)
-        learner, *_ = await asyncio.gather(starter.start_learner(paths), starter.ready([*reward, *reference]), *starting)
+        learner, *_ = await asyncio.gather(
+            starter.start_learner(paths), starter.ready([*reward, *reference]), *starting
+        )
         group = LearnerGroup(learner, channel, deadline)
         rooms = Rooms(
             GenerationPool(generation, channel, deadline),
@@ -167,4 +189,4 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, paths: PPOPaths) -> Async
         )
         yield OpenRooms(rooms, group, starter.hosts)
     finally:
-        starter.end()
+        await starter.end()

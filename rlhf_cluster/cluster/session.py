@@ -33,9 +33,9 @@ def ray_session(cfg: ClusterConfig, at_once: Mapping[str, Mapping[str, Resources
 
 
 def _start_local(cfg: ClusterConfig, num_cpus: int) -> None:
-    # A token that lives as long as this process: nobody else on the machine may submit work to our Ray. Ray turns token
-    # authentication on by itself for a local start (unless RAY_AUTH_MODE says otherwise) and would leave a token file in
-    # the user's home.
+    # A token that lives as long as this process: nobody else on the machine may submit work to our Ray. Ray turns
+    # token authentication on by itself for a local start (unless RAY_AUTH_MODE says otherwise) and would leave a token
+    # file in the user's home.
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(

@@ -1,4 +1,4 @@
-"""SFT and the reward model under Ray Train: starts the ranks, passes their reports on, and never waits without an end."""
+"""SFT and the reward model under Ray Train: starts the ranks, passes their reports on, waits with deadlines."""
 
 from __future__ import annotations
 
@@ -50,8 +50,12 @@ def train_on_ranks(
     trainer = TorchTrainer(
         _on_rank,
         train_loop_config={
-            "stage": stage, "train": train, "job": ray.put(job), "mailbox": mailbox.actor, "logs": str(logs),
-            "environment": environment(resources.threads), "threads": resources.threads,
+            "stage": stage,
+            "train": train,
+            "job": ray.put(job),
+            "mailbox": mailbox.actor,
+            "logs": str(logs),
+            "threads": resources.threads,
         },
         torch_config=TorchConfig(backend="nccl" if resources.num_gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -59,8 +63,9 @@ def train_on_ranks(
             use_gpu=resources.num_gpus > 0,
             resources_per_worker=_per_worker(resources),
         ),
-        run_config=RunConfig(name=stage, storage_path=str(logs / "ray_train"),
-                             worker_runtime_env={"env_vars": environment(resources.threads)}),
+        run_config=RunConfig(
+            name=stage, storage_path=str(logs / "ray_train"), worker_runtime_env={"env_vars": environment(resources)}
+        ),
     )
     failure: list[BaseException] = []
     fitting = threading.Thread(target=_fit, args=(trainer, failure), daemon=True, name=f"{stage}-fit")
@@ -98,12 +103,16 @@ def _on_rank(config: dict[str, Any]) -> None:
 def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
     try:
         trainer.fit()
-    except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+    except BaseException as error:  # handed to the thread that waits, which raises it
         failure.append(error)
 
 
 def _follow(
-    fitting: threading.Thread, mailbox: Any, cfg: ClusterConfig, stage: str, on_report: Callable[[int, Mapping[str, float]], None]
+    fitting: threading.Thread,
+    mailbox: Any,
+    cfg: ClusterConfig,
+    stage: str,
+    on_report: Callable[[int, Mapping[str, float]], None],
 ) -> None:
     """Passes reports on until the fit ends. A first report must come within `start_timeout_s`, each next one within
     `call_timeout_s`."""

@@ -1,4 +1,5 @@
-"""Every wait on another process, each with a deadline; one that passes says who, in what, and the last lines of its log."""
+"""Every wait on another process, each with a deadline; one that passes says who, in what, and the last lines of its
+log."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ class VaderLabeler:
 
 
 class LettersLabeler:
-    """The share of a text's characters that are letters, in [0, 1]: for the tiny model, whose responses hold no words."""
+    """The share of a text's characters that are letters, in [0, 1]: for the tiny model, whose responses hold no
+    words."""
 
     def score(self, texts: Sequence[str]) -> list[float]:
         return [sum(character.isalpha() for character in text) / max(len(text), 1) for text in texts]

@@ -33,7 +33,12 @@ class TrainEngine:
     """
 
     def __init__(
-        self, module: torch.nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, dtype: torch.dtype, ranks: Ranks
+        self,
+        module: torch.nn.Module,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        dtype: torch.dtype,
+        ranks: Ranks,
     ) -> None:
         self.ranks = ranks
         self.dtype = dtype
@@ -138,7 +143,8 @@ class TrainEngine:
             moments["step"].fill_(optimizer_steps)
 
     def _load_partition(self, parameter: torch.nn.Parameter, state: Mapping[str, torch.Tensor]) -> None:
-        """Stage 3: this rank's slice alone. DeepSpeed's own setter for full tensors fails on sizes that ranks do not divide."""
+        """Stage 3: this rank's slice alone. DeepSpeed's own setter for full tensors fails on sizes that ranks do not
+        divide."""
 
         def own(full: torch.Tensor) -> torch.Tensor:
             size = parameter.ds_tensor.numel()

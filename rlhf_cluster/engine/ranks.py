@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -37,24 +38,34 @@ class Ranks:
 
 
 def join_ranks(rank: int, world: int, master: str, port: int, timeout_s: float) -> Ranks:
-    """Joins the gang's process group (gloo on CPU, NCCL on GPU); a collective that exceeds `timeout_s` fails the process."""
-    import deepspeed
-
+    """Joins the gang's process group (gloo on CPU, NCCL on GPU); a collective that exceeds `timeout_s` fails the
+    process."""
     os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["LOCAL_RANK"] = "0"  # Ray shows each worker its own device alone
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    _without_compiled_collective()
     deepspeed.init_distributed(
-        backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False
+        backend,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_s),
+        auto_mpi_discovery=False,
+        verbose=False,
     )
     return Ranks(rank, world)
 
 
 def adopt_ranks() -> Ranks:
     """The place of a process whose group somebody else has made (Ray Train)."""
-    import deepspeed
-
+    _without_compiled_collective()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _without_compiled_collective() -> None:
+    """DeepSpeed would compile an all-reduce over shared memory, which takes a C++ compiler and a minute or more at the
+    first start and on every change of flags; gloo does without."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def leave_ranks() -> None:

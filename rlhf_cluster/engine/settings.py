@@ -14,7 +14,9 @@ def effective_stage(zero_stage: int, dtype: torch.dtype) -> int:
     return 1 if zero_stage == 0 and dtype == torch.bfloat16 else zero_stage
 
 
-def deepspeed_settings(engine: EngineConfig, optimizer: OptimizerConfig, dtype: torch.dtype, world: int) -> dict[str, Any]:
+def deepspeed_settings(
+    engine: EngineConfig, optimizer: OptimizerConfig, dtype: torch.dtype, world: int
+) -> dict[str, Any]:
     """The JSON tree that `deepspeed.initialize` takes.
 
     Batch sizes are nominal: `managed_gradient_accumulation` is off, so that the caller's `step` is the boundary and the

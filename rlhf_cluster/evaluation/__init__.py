@@ -1,1 +1,2 @@
-"""Judging a policy on held-out prompts: samples them, scores them with a labeler that training never saw, and compares."""
+"""Judging a policy on held-out prompts: samples them, scores them with a labeler that training never saw, and
+compares."""

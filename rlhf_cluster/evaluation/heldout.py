@@ -30,7 +30,8 @@ class HeldOut:
         return self.rollouts.table.append_column("gold", pa.array(self.gold.ravel(), pa.float32()))
 
     def kl(self) -> np.ndarray | None:
-        """Log-ratio to the reference summed over each response, in nats: [prompts, samples]; None without a reference."""
+        """Log-ratio to the reference summed over each response, in nats: [prompts, samples]; None without a
+        reference."""
         if not isinstance(self.rollouts, ReferencedRollouts):
             return None
         pairs = zip(self.rollouts.rollout_logprobs, self.rollouts.ref_logprobs, strict=True)
@@ -40,7 +41,8 @@ class HeldOut:
 async def sample_heldout(
     rooms: Rooms, members: Members, samples_per_prompt: int, gold: Gold | None, text: Callable[[Any], str]
 ) -> HeldOut:
-    """Samples every member from the policy that generation serves now. Without `gold`, the reward's score is the gold."""
+    """Samples every member from the policy that generation serves now. Without `gold`, the reward's score is the
+    gold."""
     parts = []
     async for rollouts in rooms.generation.sample(members):
         parts.append(asyncio.create_task(_scored(rooms, rollouts)))

@@ -1,2 +1,3 @@
-"""The vLLM worker: samples responses from the policy with continuous batching. It takes `Members`, gives `Rollouts`, and
+"""The vLLM worker: samples responses from the policy with continuous batching. It takes `Members`, gives `Rollouts`,
+and
 knows nothing of rewards, of the learner or of Ray."""

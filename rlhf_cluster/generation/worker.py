@@ -80,8 +80,8 @@ class GenerationWorker:
             detokenize=False,
         )
         output: RequestOutput | None = None
-        async for output in self.engine.generate(prompt, sampling, sample_id):
-            pass
+        async for latest in self.engine.generate(prompt, sampling, sample_id):
+            output = latest
         if output is None or not output.finished:
             raise RuntimeError(f"vLLM gave no finished response for sample {sample_id}")
         ended.put_nowait((row, output))
@@ -110,7 +110,8 @@ class GenerationWorker:
         return rows.extend(Rollouts, columns)
 
     async def receive(self, snapshot: Snapshot) -> None:
-        """Loads a published version under running requests: they pause, keep their tokens, and go on with the new weights.
+        """Loads a published version under running requests: they pause, keep their tokens, and go on with the new
+        weights.
 
         Caches are cleared, so what was computed with the old weights is computed again. Asking again for the version
         that serves already changes nothing.

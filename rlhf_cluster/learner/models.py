@@ -35,7 +35,13 @@ class ActorCritic:
     """
 
     def __init__(
-        self, policy_path: Path, critic_path: Path | None, cfg: LearnerConfig, model: ModelConfig, seed: int, ranks: Ranks
+        self,
+        policy_path: Path,
+        critic_path: Path | None,
+        cfg: LearnerConfig,
+        model: ModelConfig,
+        seed: int,
+        ranks: Ranks,
     ) -> None:
         dtype, attention = resolve_dtype(model.dtype), resolve_attention(model.attention)
         self.ranks = ranks
@@ -56,7 +62,9 @@ class ActorCritic:
         return [batch.to(self.device) for batch in filled_up(own, int(self.ranks.max(len(own))))]
 
     @torch.no_grad()
-    def evaluate(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], temperature: float) -> Evaluation:
+    def evaluate(
+        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], temperature: float
+    ) -> Evaluation:
         """What policy and critic say before an update. A collective."""
         batches = self.micro_batches(prompts, responses)
         logprobs, entropies, values = [], [], []

@@ -1,4 +1,5 @@
-"""Which rows make which minibatch, and on which rank each row lives: decided when a batch opens, from its members alone.
+"""Which rows make which minibatch, and on which rank each row lives: decided when a batch opens, from its members
+alone.
 
 So neither the order in which rows arrive nor the number of ranks changes what an optimizer step sees.
 """

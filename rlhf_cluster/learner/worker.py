@@ -49,7 +49,13 @@ class LearnerWorker:
         self._version = 0
 
     def start(
-        self, rank: int, world: int, endpoint: tuple[str, int], timeout_s: float, policy_path: Path, critic_path: Path | None
+        self,
+        rank: int,
+        world: int,
+        endpoint: tuple[str, int],
+        timeout_s: float,
+        policy_path: Path,
+        critic_path: Path | None,
     ) -> None:
         """`endpoint`: address and free port of rank 0, where the ranks meet."""
         torch.manual_seed(self._seed)
@@ -72,7 +78,8 @@ class LearnerWorker:
         return int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
 
     def add(self, step: int, rows: ScoredRollouts, start: int, stop: int) -> None:
-        """Evaluates this rank's rows, `start` to `stop`. Rows that it holds already are left as they are. A collective."""
+        """Evaluates this rank's rows, `start` to `stop`. Rows that it holds already are left as they are. A
+        collective."""
         if step not in self._open:
             raise LearnerError(f"rows of batch {step} arrived, but the open batches are {sorted(self._open)}")
         batch, began = self._open[step], time.perf_counter()
@@ -94,7 +101,8 @@ class LearnerWorker:
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
         experience = make_experience(rows, self._ppo, kl_coef, self._ranks)
         rates = StepRates(
-            learning_rate(self._cfg.policy, step, self._ppo.steps), learning_rate(self._cfg.critic, step, self._ppo.steps)
+            learning_rate(self._cfg.policy, step, self._ppo.steps),
+            learning_rate(self._cfg.critic, step, self._ppo.steps),
         )
         updater = Updater(self._models, experience, self._ppo, self._temperature)
         metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates)
@@ -104,7 +112,8 @@ class LearnerWorker:
         return self._last
 
     def publish(self, version: int, directory: str) -> Snapshot | None:
-        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A collective."""
+        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A
+        collective."""
         named = ((name.removeprefix("model."), tensor) for name, tensor in self._models.policy.full_parameters())
         if self._ranks.rank == 0:
             return write_snapshot(Path(directory), version, named)

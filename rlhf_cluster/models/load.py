@@ -99,13 +99,23 @@ def load_pretrained(
     dtype: torch.dtype,
     attention: str,
     dropout: bool,
+    layers: int = 0,
 ) -> PreTrainedModel:
-    """As `load_policy`, for either head."""
-    load_config(path)
+    """As `load_policy`, for either head; `layers` above 0 keeps the first so many transformer layers."""
+    config = load_config(path)
+    if layers > config.num_hidden_layers:
+        raise ModelError(f"layers={layers} of {path}, which has {config.num_hidden_layers}; ask for at most these")
+    if layers:
+        config.num_hidden_layers = layers
     try:
         with quietly():
             model = auto_class.from_pretrained(
-                path, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True
+                path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error

@@ -53,12 +53,13 @@ class ScalarHeadModel(nn.Module):
         return self.score(hidden_states(self.body, input_ids, position_ids)[positions])
 
     @classmethod
-    def from_policy(cls, path: Path, dtype: torch.dtype, attention: str, seed: int) -> ScalarHeadModel:
+    def from_policy(cls, path: Path, dtype: torch.dtype, attention: str, seed: int, layers: int = 0) -> ScalarHeadModel:
         """The body of a causal LM under a new head: weights N(0, 1/(H+1)) by variance, bias 0.
 
-        Stiennon et al. 2020 (arXiv:2009.01325), appendix B.1.
+        Stiennon et al. 2020 (arXiv:2009.01325), appendix B.1. Of the body's layers the first `layers` stay; 0: all.
+        Raises ModelError where the body has fewer.
         """
-        body = load_pretrained(AutoModel, path, dtype, attention, dropout=False)
+        body = load_pretrained(AutoModel, path, dtype, attention, dropout=False, layers=layers)
         score = _empty_head(body.config.hidden_size)
         with torch.no_grad():
             score.weight.normal_(0.0, (score.in_features + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))

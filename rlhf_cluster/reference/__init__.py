@@ -1,1 +1,2 @@
-"""The frozen policy that the KL penalty is measured from. Takes rollouts, gives their logprobs under it; never learns."""
+"""The frozen policy that the KL penalty is measured from. Takes rollouts, gives their logprobs under it; never
+learns."""

@@ -1,1 +1,2 @@
-"""The scoring pool's workers: one scalar per response. Takes rollouts, gives `Scores`; knows nothing of policy or learner."""
+"""The scoring pool's workers: one scalar per response. Takes rollouts, gives `Scores`; knows nothing of policy or
+learner."""

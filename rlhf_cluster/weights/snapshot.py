@@ -59,4 +59,6 @@ def check(snapshot: Snapshot) -> None:
     if not path.exists():
         raise SnapshotError(f"weights of version {snapshot.version} are not at {path}: the store no longer keeps them")
     if (found := digest_of(path)) != snapshot.digest:
-        raise SnapshotError(f"weights of version {snapshot.version} at {path} have digest {found}, published {snapshot.digest}")
+        raise SnapshotError(
+            f"weights of version {snapshot.version} at {path} have digest {found}, published {snapshot.digest}"
+        )

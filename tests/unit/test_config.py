@@ -1,0 +1,162 @@
+"""The config tree: what composes, what is refused and in which words, and the way to a file and back."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+from rlhf_cluster import config
+from rlhf_cluster.config import ConfigError, RunConfig, conf_directory, load, load_file, to_yaml, validate
+
+PRIMARIES = ("pipeline", "sft", "rm", "ppo")
+ANY_PATHS = ["data.path=x", "model.path=x", "policy_path=x", "reward.path=x"]
+GROUPS = {
+    path.name: sorted(p.stem for p in path.glob("*.yaml")) for path in conf_directory().iterdir() if path.is_dir()
+}
+RECIPES = GROUPS.pop("recipe")
+
+
+def rounds() -> list[list[str]]:
+    """One choice of every group at a time, until each was chosen: as many compositions as the largest group has."""
+    columns = [[f"{group}={choice}" for choice in choices] for group, choices in GROUPS.items()]
+    return [[choice for choice in row if choice is not None] for row in zip_longest(*columns)]
+
+
+@pytest.fixture
+def cfg() -> RunConfig:
+    """A config that `validate` accepts."""
+    tree = RunConfig()
+    tree.model.source = "tiny"
+    return tree
+
+
+def test_the_groups_are_all_tried() -> None:
+    assert {choice for row in rounds() for choice in row} == {f"{g}={c}" for g, cs in GROUPS.items() for c in cs}
+    assert len(GROUPS) >= 10 and "smoke" in RECIPES
+
+
+@pytest.mark.parametrize("number", range(len(rounds())))
+def test_every_choice_of_every_group_composes(number: int) -> None:
+    assert isinstance(load([*rounds()[number], *ANY_PATHS], PRIMARIES[number % len(PRIMARIES)]), RunConfig)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes_and_goes_to_a_file_and_back(recipe: str, tmp_path: Path) -> None:
+    given = load([f"recipe={recipe}", "data.path=x"])
+    assert given.name == recipe
+    (tmp_path / "resolved.yaml").write_text(to_yaml(given))
+    assert load_file(tmp_path / "resolved.yaml") == given
+
+
+def test_every_primary_is_tried() -> None:
+    assert {path.stem for path in conf_directory().glob("*.yaml")} == set(PRIMARIES)
+    assert len(rounds()) >= len(PRIMARIES)
+
+
+def test_overrides_win_over_recipes_and_recipes_over_defaults() -> None:
+    given = load(["recipe=smoke", "ppo.steps=7", "kl=none"])
+    assert (given.ppo.steps, given.ppo.batch_size, given.ppo.kl.kind, given.ppo.kl.coef) == (7, 8, "none", 0.0)
+    assert type(given.ppo) is config.PPOConfig  # plain dataclasses, no DictConfig
+
+
+def test_the_papers_numbers_are_the_defaults(cfg: RunConfig) -> None:
+    """InstructGPT, appendix C.4."""
+    ppo = cfg.ppo
+    assert (ppo.batch_size, ppo.minibatch_size, ppo.epochs, ppo.clip, ppo.kl.coef) == (512, 64, 1, 0.2, 0.02)
+    assert (ppo.advantage.gamma, cfg.generation.temperature, cfg.learner.policy.betas) == (1.0, 1.0, (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("ppo.stepz=3", r"^unknown key 'ppo\.stepz'; did you mean ppo\.steps"),
+        ("modle=tiny", r"^unknown key 'modle'; did you mean model"),
+        ("+zzzzqqq=1", r"^unknown key 'zzzzqqq'$"),
+        ("ppo.steps=abc", r"^ppo\.steps: Value 'abc' of type 'str' could not be converted to Integer$"),
+        ("ppo.batch_size=1.5", r"^ppo\.batch_size: Value '1\.5'"),
+        ("ppo=3", r"^ppo: Invalid type assigned: int"),
+        ("model=nope", r"^model=nope: there is no such model; there are gpt2, .*tiny$"),
+        ("recipe=nope", r"^recipe=nope: there is no such recipe; there are hh, "),
+        ("stages=[", r"^[^\n]+$"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused_in_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load([override])
+
+
+def test_an_unknown_stage_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"there is no stage 'dpo'; there are pipeline, ppo, rm, sft"):
+        load([], "dpo")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("ppo.minibatch_size=100", r"ppo\.minibatch_size=100 does not divide ppo\.batch_size=512; use 64 or 128"),
+        ("ppo.minibatch_size=1024", r"ppo\.minibatch_size=1024 does not divide ppo\.batch_size=512; use 512 or 512"),
+        ("ppo.samples_per_prompt=3", r"ppo\.samples_per_prompt=3 does not divide ppo\.batch_size=512"),
+        ("learner.resources.workers=3", r"learner\.resources\.workers=3 does not divide ppo\.minibatch_size=64"),
+        ("generation.max_response_tokens=300", r"256 and .*300 make 556, more than model\.context=512; lower one"),
+        ("learner.engine.zero_stage=4", r"learner\.engine\.zero_stage=4: it must be 0, 1, 2 or 3"),
+        ("reward.resources.workers=0", r"reward\.resources\.workers=0: at least 1"),
+        ("learner.critic.lr=0", r"learner\.critic\.lr=0: it must be above 0"),
+        ("generation.temperature=0", r"generation\.temperature=0: it must be above 0"),
+        ("ppo.max_staleness=-1", r"ppo\.max_staleness=-1: it must be 0 or more"),
+        ("ppo.epochs=0", r"ppo\.epochs=0: it must be at least 1"),
+        ("rm.ranking.responses=1", r"rm\.ranking\.responses=1: a ranking needs 2 or more"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str, sentence: str) -> None:
+    validate(cfg)
+    path, value = change.split("=")
+    *parents, name = path.split(".")
+    node = cfg
+    for parent in parents:
+        node = getattr(node, parent)
+    assert hasattr(node, name)
+    setattr(node, name, int(value))
+    with pytest.raises(ConfigError, match=sentence):
+        validate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"stages": []}, "stages is empty"),
+        ({"stages": ["ppo", "sft"]}, r"stages=\['ppo', 'sft'\]: each at most once, in the order sft, rm, ppo"),
+        ({"stages": ["sft", "dpo"]}, "stages=dpo: it must be one of sft, rm, ppo"),
+        ({"stages": ["ppo"]}, r"reward\.path is empty and rm is not among the stages"),
+        ({"model": config.ModelConfig()}, r"model\.path is empty"),
+        ({"data": config.DataConfig(source="hh")}, r"data\.path is empty; data=hh needs the file"),
+        ({"resume": "maybe"}, "resume=maybe: it must be one of auto, never"),
+    ],
+)
+def test_stages_without_what_they_need_are_refused(cfg: RunConfig, change: dict[str, object], sentence: str) -> None:
+    for name, value in change.items():
+        setattr(cfg, name, value)
+    with pytest.raises(ConfigError, match=sentence):
+        validate(cfg)
+
+
+def test_ppo_alone_runs_on_a_random_reward(cfg: RunConfig) -> None:
+    cfg.stages = ["ppo"]
+    cfg.reward.kind = "random"
+    assert validate(cfg) is cfg
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("ppo: {stepz: 3}", r"resolved\.yaml: ppo\.stepz: Key 'stepz' not in 'PPOConfig'"), ("[1]", r"resolved\.yaml: ")],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "resolved.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        load_file(tmp_path / "resolved.yaml")
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config .*absent\.yaml: No such file"):
+        load_file(tmp_path / "absent.yaml")

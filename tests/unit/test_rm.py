@@ -1,0 +1,145 @@
+"""The reward model: pairs and their statistics by hand, whole prompts, the gradient of eq. (1), and centred scores."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from rlhf_cluster.config import EngineConfig, ModelConfig, OptimizerConfig, RMConfig
+from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.models.batching import micro_batches, singles
+from rlhf_cluster.models.score_head import ScalarHeadModel
+from rlhf_cluster.records import Comparisons, Demonstrations
+from rlhf_cluster.rm import RMJob, evaluate, gradient, pair_margins, read_evaluation, summarize, train, whole_prompts
+
+EOS = 258
+
+
+def comparisons(count: int, seed: int = 0) -> Comparisons:
+    """`count` prompts with 2 to 5 responses of different lengths; the last response ties with the one before it."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 6, count)
+    ranks = [[*range(1, size), size - 1] if size > 2 else [2, 1] for size in sizes]
+    return Comparisons.of(
+        {
+            "prompt_id": [f"p{i}" for i in range(count)],
+            "prompt_ids": [rng.integers(0, 256, rng.integers(1, 9)).tolist() for _ in range(count)],
+            "responses": [[[*rng.integers(0, 256, rng.integers(1, 12)).tolist(), EOS] for _ in range(n)] for n in sizes],
+            "ranks": ranks,
+        }
+    )
+
+
+DEMONSTRATIONS = Demonstrations.of(
+    {"prompt_id": ["d", "e", "f"], "prompt_ids": [[1, 2], [3], [4, 5, 6]], "response_ids": [[7, EOS], [8, 9, EOS], [EOS]]}
+)
+
+
+def job(directory: Path, output: Path, **changed: Any) -> RMJob:
+    cfg = RMConfig(batch_size=3, optimizer=OptimizerConfig(lr=1e-3), engine=EngineConfig(tokens_per_micro_batch=60))
+    model = ModelConfig(source="tiny", dtype="float32", attention="eager")
+    fields = {"comparisons": comparisons(7), "heldout": comparisons(4, 1), "demonstrations": DEMONSTRATIONS, **changed}
+    return RMJob(cfg, model, seed=0, policy_path=directory, output=output, **fields)
+
+
+def test_margins_of_pairs_by_hand() -> None:
+    scores, ranks = np.array([3.0, 1.0, 2.0]), np.array([1, 2, 2])
+    assert pair_margins(scores, ranks).tolist() == [2.0, 1.0]  # the tie of the last two says nothing
+    assert pair_margins(scores, np.array([2, 1, 3])).tolist() == [1.0, -2.0, -1.0]
+    assert pair_margins(scores, np.array([1, 1, 1])).size == 0
+
+
+def test_summary_by_hand() -> None:
+    """Two prompts: 3 pairs with 2 right, 1 pair that ties and counts as half. Accuracy 2.5 / 4.
+
+    Residuals c_i - 0.625 n_i are 2 - 1.875 = 0.125 and 0.5 - 0.625 = -0.125; the standard error is
+    sqrt(sum of squares * n / (n - 1)) / pairs = sqrt(0.03125 * 2) / 4 = 0.0625.
+    """
+    found = summarize([np.array([1.0, 2.0, -1.0]), np.array([0.0])])
+    assert (found.accuracy, found.accuracy_se) == pytest.approx((0.625, 0.0625))
+    assert (found.margin, found.prompts, found.pairs) == (0.5, 2, 4)
+    assert found.margins == [1.0, 2.0, -1.0, 0.0]
+
+
+def test_summary_of_one_pair_per_prompt_is_the_binomial_one() -> None:
+    margins = [np.array([1.0])] * 30 + [np.array([-1.0])] * 10
+    assert summarize(margins).accuracy_se == pytest.approx(math.sqrt(0.75 * 0.25 / 39))
+
+
+def test_summary_of_nothing_is_not_a_number() -> None:
+    assert math.isnan(summarize([]).accuracy) and summarize([]).pairs == 0
+
+
+@pytest.mark.parametrize("limit", [1, 60, 100, 1000, 1 << 20])
+def test_whole_prompts_part_no_prompt_and_keep_the_limit(limit: int) -> None:
+    shown = comparisons(12)
+    asked = [9, 2, 4, 0, 11, 7]
+    seen: list[tuple[list[list[int]], list[int]]] = []
+    for batch, ranked in whole_prompts(shown, asked, limit):
+        assert batch.padded_tokens <= limit or len(ranked) == 1
+        ends = batch.last_positions().tolist()
+        rows = batch.input_ids.flatten().tolist()
+        sequences = [rows[start : end + 1] for start, end in zip(batch.starts.tolist(), ends, strict=True)]
+        seen += [([sequences[place] for place in places.tolist()], ranks.tolist()) for places, ranks in ranked]
+    expected = [
+        ([[*shown.prompt_ids[p], *response] for response in shown.responses[p]], shown.ranks[p].tolist()) for p in asked
+    ]
+    assert sorted(seen) == sorted(expected)
+
+
+def plain_loss(model: ScalarHeadModel, shown: Comparisons, prompts: list[int]) -> torch.Tensor:
+    """Eq. (1) as it is written: pair by pair, each sequence by itself; the mean over prompts of the mean over pairs."""
+    losses = []
+    for p in prompts:
+        scores = []
+        for response in shown.responses[p]:
+            (alone,) = micro_batches([shown.prompt_ids[p]], [response], singles(1), 1 << 20)
+            scores.append(model(*alone.score_arguments())[0])
+        ranks = shown.ranks[p]
+        pairs = [(w, l) for w in range(len(ranks)) for l in range(len(ranks)) if ranks[w] < ranks[l]]  # noqa: E741
+        losses.append(torch.stack([-logsigmoid(scores[w] - scores[l]) for w, l in pairs]).mean())
+    return torch.stack(losses).mean()
+
+
+def test_gradient_is_that_of_the_equation(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    work = job(tiny, tmp_path)
+    model, plain = (ScalarHeadModel.from_policy(tiny, torch.float32, "eager", seed=0) for _ in range(2))
+    engine = TrainEngine(model, EngineConfig(), OptimizerConfig(), torch.float32, one_rank)
+    found = gradient(engine, work, np.array([5, 0, 3, 6]))
+    loss = plain_loss(plain, work.comparisons, [5, 0, 3, 6])
+    loss.backward()
+    assert found["rm/loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
+    for (name, ours), (_, theirs) in zip(engine.module.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_batches_are_the_same_on_all_ranks_and_have_every_prompt_once(tmp_path: Path) -> None:
+    first, again = ([batch.tolist() for batch in job(tmp_path, tmp_path).batches()] for _ in range(2))
+    assert first == again
+    assert [len(batch) for batch in first] == [3, 3, 1]
+    assert sorted(sum(first, [])) == list(range(7))
+    assert job(tmp_path, tmp_path).steps() == 3
+
+
+def test_training_leaves_a_centred_model_and_its_evaluation(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    work = job(tiny, tmp_path / "reward_model")
+    reports: list[tuple[int, dict[str, float]]] = []
+    train(one_rank, work, lambda step, metrics: reports.append((step, dict(metrics))))
+    assert [step for step, _ in reports] == [0, 1, 2, 3]
+    model = ScalarHeadModel.from_directory(work.output, torch.float32, "eager")
+    (batch,) = micro_batches(DEMONSTRATIONS.prompt_ids, DEMONSTRATIONS.response_ids, singles(3), 1 << 20)
+    with torch.no_grad():
+        assert float(model(*batch.score_arguments()).mean()) == pytest.approx(0.0, abs=1e-5)
+    # Centring shifts every score alike, so what was said of the held-out pairs holds for the saved model.
+    engine = TrainEngine(model, EngineConfig(), OptimizerConfig(), torch.float32, one_rank)
+    kept, anew = read_evaluation(work.output), evaluate(engine, work)
+    assert anew.margins == pytest.approx(kept.margins, abs=1e-5)
+    assert (kept.prompts, kept.pairs) == (anew.prompts, anew.pairs) == (4, len(kept.margins))
+    assert reports[-1][1]["rm/heldout_accuracy"] == kept.accuracy

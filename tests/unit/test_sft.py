@@ -1,0 +1,109 @@
+"""Supervised fine-tuning: the batches, and that the gradient is that of the response tokens alone, EOS among them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from rlhf_cluster.algo.logprobs import logprobs_from_logits
+from rlhf_cluster.config import EngineConfig, ModelConfig, OptimizerConfig, SFTConfig
+from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.models.forward import PolicyModule
+from rlhf_cluster.models.load import load_policy
+from rlhf_cluster.records import Demonstrations
+from rlhf_cluster.sft import SFTJob, gradient, train
+
+EOS = 258
+
+
+def demonstrations(count: int = 11) -> Demonstrations:
+    rng = np.random.default_rng(0)
+    return Demonstrations.of(
+        {
+            "prompt_id": [f"d{i}" for i in range(count)],
+            "prompt_ids": [rng.integers(0, 256, rng.integers(1, 12)).tolist() for _ in range(count)],
+            "response_ids": [[*rng.integers(0, 256, rng.integers(0, 9)).tolist(), EOS] for _ in range(count)],
+        }
+    )
+
+
+def job(directory: Path, output: Path, packing: bool = True, epochs: int = 1, lr: float = 1e-3) -> SFTJob:
+    optimizer = OptimizerConfig(lr=lr, schedule="cosine")
+    cfg = SFTConfig(epochs, 3, packing, optimizer, EngineConfig(tokens_per_micro_batch=50))
+    model = ModelConfig(source="tiny", dtype="float32", attention="eager", context=25)
+    return SFTJob(cfg, model, seed=4, base_path=directory, demonstrations=demonstrations(), output=output)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_epoch_has_each_demonstration_once(tmp_path: Path, packing: bool) -> None:
+    work = job(tmp_path, tmp_path, packing, epochs=2)
+    batches = list(work.batches())
+    assert len(batches) == work.steps() == 2 * math.ceil(len(work.rows()) / 3)
+    for epoch in (batches[: len(batches) // 2], batches[len(batches) // 2 :]):
+        assert all(1 <= len(batch) <= 3 for batch in epoch)
+        assert sorted(i for batch in epoch for row in batch for i in row) == list(range(11))
+    assert batches[: len(batches) // 2] != batches[len(batches) // 2 :]
+
+
+def test_batches_are_the_same_on_all_ranks(tmp_path: Path) -> None:
+    """Ranks agree on a batch by computing it; the job does not know the rank that asks."""
+    assert list(job(tmp_path, tmp_path).batches()) == list(job(tmp_path, tmp_path).batches())
+
+
+def test_packed_rows_keep_the_context(tmp_path: Path) -> None:
+    work = job(tmp_path, tmp_path)
+    lengths = [len(p) + len(r) for p, r in zip(work.demonstrations.prompt_ids, work.demonstrations.response_ids, strict=True)]
+    assert all(sum(lengths[i] for i in row) <= 25 for row in work.rows())
+    assert max(map(len, work.rows())) > 1
+
+
+def plain_loss(model: PreTrainedModel, shown: Demonstrations, members: list[int]) -> torch.Tensor:
+    """Each demonstration by itself through plain transformers: the mean over all their response tokens."""
+    total, tokens = torch.zeros(()), 0
+    for i in members:
+        prompt, response = shown.prompt_ids[i], shown.response_ids[i]
+        ids = torch.tensor([*prompt, *response])[None]
+        labels = torch.tensor([-100] * len(prompt) + response.tolist())
+        assert labels[-1] == EOS
+        logits = model(input_ids=ids).logits[0]
+        total = total + cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+        tokens += len(response)
+    return total / tokens
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_gradient_is_that_of_separate_sequences(tiny: Path, one_rank: Ranks, tmp_path: Path, packing: bool) -> None:
+    work = job(tiny, tmp_path, packing)
+    rows = work.rows()[:4]
+    policy, plain = (load_policy(tiny, torch.float32, "eager") for _ in range(2))
+    module = PolicyModule(policy, logprobs_from_logits)
+    engine = TrainEngine(module, EngineConfig(), OptimizerConfig(), torch.float32, one_rank)
+    loss, padded = gradient(engine, work, rows)
+    expected = plain_loss(plain, work.demonstrations, [i for row in rows for i in row])
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert padded >= sum(len(work.demonstrations.prompt_ids[i]) for row in rows for i in row)
+    for (name, ours), (_, theirs) in zip(policy.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_training_learns_and_leaves_a_plain_directory(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    work = job(tiny, tmp_path / "policy", epochs=4, lr=3e-3)
+    reports: list[dict[str, float]] = []
+    train(one_rank, work, lambda step, metrics: reports.append(dict(metrics)))
+    assert len(reports) == work.steps()
+    assert reports[0]["sft/lr"] == 3e-3 and reports[-1]["sft/lr"] == pytest.approx(3e-4)  # cosine to a tenth
+    everything = list(range(11))
+    with torch.no_grad():
+        before, after = (
+            float(plain_loss(load_policy(path, torch.float32, "eager"), work.demonstrations, everything))
+            for path in (tiny, work.output)
+        )
+    assert after < before - 0.5
