@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_cluster.config import Resources
-from rlhf_cluster.generation.worker import GenerationWorker
 from rlhf_cluster.telemetry.quiet import log_to_file, quiet_libraries
-from rlhf_cluster.weights.snapshot import Snapshot, store_directory
 
 
 @dataclass(frozen=True)
@@ -74,27 +71,6 @@ def _high_water_mark(pid: int) -> int:
     status = Path(f"/proc/{pid}/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
-
-
-class GenerationHost(Hosted, GenerationWorker):
-    """A generation worker that fetches a snapshot from the store where its node does not have it."""
-
-    async def receive_from(self, store: Any, snapshot: Snapshot, node: str, run: str, attempt: int) -> None:
-        if ray.get_runtime_context().get_node_id() != node:
-            snapshot = await self._fetch(store, snapshot, store_directory(f"{run}-{os.getpid()}", attempt))
-        await self.receive(snapshot)
-
-    async def _fetch(self, store: Any, snapshot: Snapshot, directory: Path) -> Snapshot:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.iterdir():
-            old.unlink()
-        path = directory / f"v{snapshot.version}.safetensors"
-        with open(path, "wb") as file:
-            index = 0
-            while chunk := await store.chunk.remote(snapshot.version, index):
-                file.write(chunk)
-                index += 1
-        return Snapshot(snapshot.version, str(path), snapshot.bytes, snapshot.digest)
 
 
 def hosted(worker: type) -> type:

@@ -17,7 +17,8 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool, WeightChannel
-from rlhf_cluster.cluster.hosts import GenerationHost, Host, spawn
+from rlhf_cluster.cluster.generation_host import GenerationHost
+from rlhf_cluster.cluster.hosts import Host, spawn
 from rlhf_cluster.cluster.waits import Call, answer
 from rlhf_cluster.config import Resources, RunConfig
 from rlhf_cluster.learner.worker import LearnerWorker

@@ -51,8 +51,8 @@ def train_on_ranks(
         _on_rank,
         train_loop_config={
             "stage": stage,
-            "train": train,
-            "job": ray.put(job),
+            # Put away, so that Ray Train's controller does not load what only ranks need.
+            "work": ray.put((train, job)),
             "mailbox": mailbox.actor,
             "logs": str(logs),
             "threads": resources.threads,
@@ -96,8 +96,8 @@ def _on_rank(config: dict[str, Any]) -> None:
     def report(step: int, metrics: Mapping[str, float]) -> None:
         config["mailbox"].put.remote(step, dict(metrics))
 
-    job = get(config["job"], Call("object store", "job"), 300)
-    config["train"](adopt_ranks(), job, report)
+    train, job = get(config["work"], Call("object store", "job"), 300)
+    train(adopt_ranks(), job, report)
 
 
 def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:

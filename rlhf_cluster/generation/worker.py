@@ -5,14 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import Any
-
-from vllm import SamplingParams
-from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.outputs import RequestOutput
-from vllm.v1.engine.async_llm import AsyncLLM
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cluster.config import GenerationConfig
 from rlhf_cluster.models.load import resolve_dtype
@@ -20,28 +13,40 @@ from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.weights.plugin import BACKEND
 from rlhf_cluster.weights.snapshot import Snapshot
 
+# vLLM is loaded where a worker starts: loading it takes a quarter of a minute, which the driver, who only names the
+# class, need not wait for.
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
 
 class GenerationWorker:
     """Samples one response per member. `incarnation` names this life of the worker and stands on every rollout."""
 
     def __init__(self, model_path: str, cfg: GenerationConfig, context: int, dtype: str, incarnation: str) -> None:
-        self._cfg = cfg
+        self._model_path, self._cfg, self._context, self._dtype = model_path, cfg, context, dtype
         self._incarnation = incarnation
-        self._args = AsyncEngineArgs(
-            model=model_path,
-            dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
-            max_model_len=context,
-            max_num_seqs=cfg.max_num_seqs,
-            enforce_eager=cfg.enforce_eager,
-            kv_cache_memory_bytes=cfg.kv_cache_memory,
+        self._engine: AsyncLLM | None = None
+
+    def _engine_args(self) -> AsyncEngineArgs:
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        return AsyncEngineArgs(
+            model=self._model_path,
+            dtype=str(resolve_dtype(self._dtype)).removeprefix("torch."),
+            max_model_len=self._context,
+            max_num_seqs=self._cfg.max_num_seqs,
+            enforce_eager=self._cfg.enforce_eager,
+            kv_cache_memory_bytes=self._cfg.kv_cache_memory,
             gpu_memory_utilization=0.3,  # unused beside kv_cache_memory_bytes, but the CPU build checks it at start
-            tensor_parallel_size=cfg.tensor_parallel,
+            tensor_parallel_size=self._cfg.tensor_parallel,
             logprobs_mode="processed_logprobs",  # after temperature: what the tokens were really drawn from
             generation_config="vllm",  # no sampling defaults from the model's directory
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         )
-        self._engine: AsyncLLM | None = None
 
     @property
     def engine(self) -> AsyncLLM:
@@ -51,7 +56,10 @@ class GenerationWorker:
 
     async def start(self, version: int) -> str:
         """Loads the model, whose weights are those of `version`. Returns the incarnation."""
-        self._engine = AsyncLLM.from_engine_args(self._args)
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._engine = AsyncLLM.from_engine_args(self._engine_args())
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await self.engine.update_weight_version(str(version))
         return self._incarnation
@@ -71,6 +79,8 @@ class GenerationWorker:
                 yield self._rollouts(members, outputs)
 
     async def _request(self, row: int, prompt: Any, seed: int, sample_id: str, ended: asyncio.Queue[Any]) -> None:
+        from vllm import SamplingParams
+
         sampling = SamplingParams(
             temperature=self._cfg.temperature,
             max_tokens=self._cfg.max_response_tokens,
@@ -116,6 +126,8 @@ class GenerationWorker:
         Caches are cleared, so what was computed with the old weights is computed again. Asking again for the version
         that serves already changes nothing.
         """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
         if await self.engine.get_weight_version() == str(snapshot.version):
             return
         await self.engine.pause_generation(mode="keep", clear_cache=True)

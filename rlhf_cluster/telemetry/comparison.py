@@ -44,8 +44,8 @@ class Comparison:
     after_se: float
     difference: float
     difference_se: float
-    kl_mean: float
-    kl_se: float
+    kl_mean: float | None  # None: the run had no reference to measure it from
+    kl_se: float | None
 
     @property
     def standard_errors(self) -> float:
@@ -82,22 +82,22 @@ class Sample:
 def compare(
     before: Sequence[Sequence[float]],
     after: Sequence[Sequence[float]],
-    kl: Sequence[Sequence[float]],
+    kl: Sequence[Sequence[float]] | None,
     gold: str,
 ) -> Comparison:
-    """Paired comparison of `before` and `after`, both [prompts][samples]; `kl`, in nats per response, likewise.
+    """Paired comparison of `before` and `after`, both [prompts][samples]; `kl`, in nats per response, likewise (None
+    without a reference).
 
     A prompt counts as one observation: its mean over samples. Standard error: sample deviation (ddof = 1) of these
     means / sqrt(prompts). Row i of all three speaks of the same prompt. Raises ReportError on fewer than two prompts,
     on rows that do not match, and on values that are not finite.
     """
-    samples = _samples_per_prompt(before=before, after=after, kl=kl)
-    before_means, after_means, kl_means = (_prompt_means(scores) for scores in (before, after, kl))
+    samples = _samples_per_prompt(before=before, after=after, **({} if kl is None else {"kl": kl}))
+    before_means, after_means = _prompt_means(before), _prompt_means(after)
     differences = [a - b for a, b in zip(after_means, before_means, strict=True)]
-    columns = (before_means, after_means, differences, kl_means)
-    (before_mean, before_se), (after_mean, after_se), (difference, difference_se), (kl_mean, kl_se) = (
-        _mean_and_se(column) for column in columns
-    )
+    columns = (before_means, after_means, differences)
+    (before_mean, before_se), (after_mean, after_se), (difference, difference_se) = map(_mean_and_se, columns)
+    kl_mean, kl_se = (None, None) if kl is None else _mean_and_se(_prompt_means(kl))
     return Comparison(
         gold=gold,
         prompts=len(before_means),

@@ -222,7 +222,8 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_row("after", f"{c.after_mean:+.4f}", f"{c.after_se:.4f}")
     table.add_row("difference (paired)", f"{c.difference:+.4f}", f"{c.difference_se:.4f}", style="bold")
     table.add_row("difference / its error", f"{c.standard_errors:+.1f}", "")
-    table.add_row("KL", f"{c.kl_mean:.4f}", f"{c.kl_se:.4f}")
+    kl = ("not measured", "") if c.kl_mean is None else (f"{c.kl_mean:.4f}", f"{c.kl_se:.4f}")
+    table.add_row("KL", *kl)
     return table
 
 

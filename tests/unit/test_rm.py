@@ -31,14 +31,20 @@ def comparisons(count: int, seed: int = 0) -> Comparisons:
         {
             "prompt_id": [f"p{i}" for i in range(count)],
             "prompt_ids": [rng.integers(0, 256, rng.integers(1, 9)).tolist() for _ in range(count)],
-            "responses": [[[*rng.integers(0, 256, rng.integers(1, 12)).tolist(), EOS] for _ in range(n)] for n in sizes],
+            "responses": [
+                [[*rng.integers(0, 256, rng.integers(1, 12)).tolist(), EOS] for _ in range(n)] for n in sizes
+            ],
             "ranks": ranks,
         }
     )
 
 
 DEMONSTRATIONS = Demonstrations.of(
-    {"prompt_id": ["d", "e", "f"], "prompt_ids": [[1, 2], [3], [4, 5, 6]], "response_ids": [[7, EOS], [8, 9, EOS], [EOS]]}
+    {
+        "prompt_id": ["d", "e", "f"],
+        "prompt_ids": [[1, 2], [3], [4, 5, 6]],
+        "response_ids": [[7, EOS], [8, 9, EOS], [EOS]],
+    }
 )
 
 
@@ -117,7 +123,9 @@ def test_gradient_is_that_of_the_equation(tiny: Path, one_rank: Ranks, tmp_path:
     loss.backward()
     assert found["rm/loss"] == pytest.approx(float(loss.detach()), abs=1e-6)
     for (name, ours), (_, theirs) in zip(engine.module.named_parameters(), plain.named_parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_batches_are_the_same_on_all_ranks_and_have_every_prompt_once(tmp_path: Path) -> None:

@@ -59,7 +59,9 @@ def test_batches_are_the_same_on_all_ranks(tmp_path: Path) -> None:
 
 def test_packed_rows_keep_the_context(tmp_path: Path) -> None:
     work = job(tmp_path, tmp_path)
-    lengths = [len(p) + len(r) for p, r in zip(work.demonstrations.prompt_ids, work.demonstrations.response_ids, strict=True)]
+    lengths = [
+        len(p) + len(r) for p, r in zip(work.demonstrations.prompt_ids, work.demonstrations.response_ids, strict=True)
+    ]
     assert all(sum(lengths[i] for i in row) <= 25 for row in work.rows())
     assert max(map(len, work.rows())) > 1
 
@@ -91,7 +93,9 @@ def test_gradient_is_that_of_separate_sequences(tiny: Path, one_rank: Ranks, tmp
     assert loss == pytest.approx(float(expected.detach()), abs=1e-6)
     assert padded >= sum(len(work.demonstrations.prompt_ids[i]) for row in rows for i in row)
     for (name, ours), (_, theirs) in zip(policy.named_parameters(), plain.named_parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_training_learns_and_leaves_a_plain_directory(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:

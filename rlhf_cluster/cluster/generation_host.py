@@ -1,0 +1,34 @@
+"""The generation worker as an actor: apart from `hosts`, so that other processes need not load vLLM to name it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rlhf_cluster.cluster.hosts import Hosted
+from rlhf_cluster.generation.worker import GenerationWorker
+from rlhf_cluster.weights.snapshot import Snapshot, store_directory
+
+
+class GenerationHost(Hosted, GenerationWorker):
+    """A generation worker that fetches a snapshot from the store where its node does not have it."""
+
+    async def receive_from(self, store: Any, snapshot: Snapshot, node: str, run: str, attempt: int) -> None:
+        if ray.get_runtime_context().get_node_id() != node:
+            snapshot = await self._fetch(store, snapshot, store_directory(f"{run}-{os.getpid()}", attempt))
+        await self.receive(snapshot)
+
+    async def _fetch(self, store: Any, snapshot: Snapshot, directory: Path) -> Snapshot:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.iterdir():
+            old.unlink()
+        path = directory / f"v{snapshot.version}.safetensors"
+        with open(path, "wb") as file:
+            index = 0
+            while chunk := await store.chunk.remote(snapshot.version, index):
+                file.write(chunk)
+                index += 1
+        return Snapshot(snapshot.version, str(path), snapshot.bytes, snapshot.digest)

@@ -1,0 +1,222 @@
+"""The generation worker around a real vLLM on the tiny model: the laws of the room, and weights that change under it.
+
+vLLM gets a process of its own, with the variables of a worker; one start runs all checks, so it is paid once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import traceback
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import laws
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from rlhf_cluster.algo.logprobs import logprobs_from_logits
+from rlhf_cluster.config import GenerationConfig
+from rlhf_cluster.models.batching import in_order, micro_batches, singles
+from rlhf_cluster.models.forward import PolicyModule
+from rlhf_cluster.models.load import load_policy
+from rlhf_cluster.records import Members, Rollouts
+from rlhf_cluster.weights.snapshot import Snapshot, write_snapshot
+
+EOS, TOLERANCE, DEADLINE_S = 258, 1e-5, 60
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+CONFIG = GenerationConfig(
+    max_response_tokens=48, temperature=0.7, max_num_seqs=16, kv_cache_memory=1 << 26, flush_ms=5
+)
+
+
+@dataclass
+class Bench:
+    """The worker under test as a `rooms.Generation`, and the policies whose snapshots it may receive, by version."""
+
+    worker: Any
+    policies: dict[int, PolicyModule]
+    store: Path
+
+    def sample(self, members: Members) -> AsyncIterator[Rollouts]:
+        return self.worker.sample(members)
+
+    async def receive(self, version: int) -> None:
+        await self.worker.receive(self.snapshot(version))
+
+    def snapshot(self, version: int) -> Snapshot:
+        named = self.policies[version].hf_parameters().items()
+        return write_snapshot(self.store, version, ((name, tensor.detach()) for name, tensor in named))
+
+    async def sampled(self, members: Members) -> Rollouts:
+        return await laws.collected(self, members)
+
+    async def with_config(self, members: Members, **changed: Any) -> Rollouts:
+        kept, self.worker._cfg = self.worker._cfg, replace(CONFIG, **changed)
+        try:
+            return await self.sampled(members)
+        finally:
+            self.worker._cfg = kept
+
+    @torch.no_grad()
+    def logprobs(self, version: int, rollouts: Rollouts, temperature: float = CONFIG.temperature) -> list[np.ndarray]:
+        """What the learner's forward says of the sampled tokens."""
+        batches = micro_batches(rollouts.prompt_ids, rollouts.response_ids, singles(len(rollouts)), 1 << 20)
+        parts = [batch.split(self.policies[version](*batch.policy_arguments(), temperature)[0]) for batch in batches]
+        return in_order(batches, parts, len(rollouts))
+
+
+def policies(tiny: Path) -> dict[int, PolicyModule]:
+    """Version 0 is the tiny model; each later one has noise on every parameter, the tied embedding included."""
+    found = {}
+    for version in range(4):
+        model = load_policy(tiny, torch.float32, "eager")
+        generator = torch.Generator().manual_seed(version)
+        with torch.no_grad():
+            for parameter in model.parameters() if version else ():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        found[version] = PolicyModule(model, logprobs_from_logits)
+    return found
+
+
+def largest(some: list[np.ndarray], others: list[np.ndarray]) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(some, others, strict=True))
+
+
+async def answers_every_member_once(bench: Bench) -> None:
+    await laws.every_member_is_answered_once(bench, CONFIG.max_response_tokens)
+
+
+async def gives_a_seed_its_response_in_any_company(bench: Bench) -> None:
+    await laws.a_seed_gives_its_response_in_any_company(bench)
+
+
+async def logprobs_are_the_learners(bench: Bench) -> None:
+    """At the sampling temperature, for every token."""
+    found = await bench.sampled(laws.members(8))
+    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < TOLERANCE
+    assert {int(v) for row in found.weight_versions for v in row} == {0}
+    assert set(found.incarnation) == {"generation-0-1"} and set(found.temperature.tolist()) == {np.float32(0.7)}
+    assert largest(found.rollout_logprobs, bench.logprobs(0, found, 1.0)) > 0.01
+
+
+async def eos_stays_as_the_last_token(bench: Bench) -> None:
+    found = await bench.sampled(laws.members(48))
+    ended = [ids for ids, reason in zip(found.response_ids, found.finish_reason, strict=True) if reason == "stop"]
+    assert 0 < len(ended) < 48
+    assert all(ids[-1] == EOS and EOS not in ids[:-1] for ids in ended)
+
+
+async def ignoring_eos_gives_the_exact_length(bench: Bench) -> None:
+    found = await bench.with_config(laws.members(16), ignore_eos=True, max_response_tokens=40)
+    assert [len(ids) for ids in found.response_ids] == [40] * 16
+    assert set(found.finish_reason) == {"length"}
+
+
+async def a_damaged_snapshot_is_refused_and_the_old_weights_serve(bench: Bench) -> None:
+    bad = replace(bench.snapshot(3), digest="0" * 16)
+    try:
+        await asyncio.wait_for(bench.worker.receive(bad), DEADLINE_S)
+    except Exception as error:
+        assert "have digest" in str(error), error
+    else:
+        raise AssertionError("the snapshot was taken")
+    assert await bench.worker.version() == 0
+    found = await asyncio.wait_for(bench.sampled(laws.members(8)), DEADLINE_S)
+    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < TOLERANCE
+
+
+async def received_weights_are_sampled_from(bench: Bench) -> None:
+    """Embedding, head and layers alike: a tied LM head that stayed behind would show here."""
+    await bench.receive(1)
+    found = await bench.sampled(laws.members(8))
+    assert largest(found.rollout_logprobs, bench.logprobs(1, found)) < TOLERANCE
+    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) > 0.1
+    assert {int(v) for row in found.weight_versions for v in row} == {1}
+    await bench.receive(1)  # once more changes nothing
+    assert await bench.worker.version() == 1
+
+
+async def weights_change_under_running_requests(bench: Bench) -> None:
+    """Each token carries the version that sampled it, and has that version's logprob given all tokens before it."""
+    members = laws.members(8, step=5)
+    sampling = asyncio.create_task(bench.with_config(members, ignore_eos=True, max_response_tokens=200))
+    snapshot = bench.snapshot(2)
+    await asyncio.sleep(0.2)
+    await bench.worker.receive(snapshot)
+    found = await sampling
+    versions = found.weight_versions
+    assert all((np.diff(row) >= 0).all() for row in versions)
+    assert {int(v) for row in versions for v in row} == {1, 2}, "the update did not meet running requests"
+    by_version = {version: bench.logprobs(version, found) for version in (1, 2)}
+    expected = [np.where(row == 1, *(by_version[v][i] for v in (1, 2))) for i, row in enumerate(versions)]
+    assert largest(found.rollout_logprobs, expected) < TOLERANCE
+    assert [len(ids) for ids in found.response_ids] == [200] * 8
+
+
+async def marks_tokens_with_the_version_received(bench: Bench) -> None:
+    await laws.received_versions_stand_on_later_tokens(bench, [3, 1])
+
+
+CHECKS = (
+    answers_every_member_once,
+    gives_a_seed_its_response_in_any_company,
+    logprobs_are_the_learners,
+    eos_stays_as_the_last_token,
+    ignoring_eos_gives_the_exact_length,
+    a_damaged_snapshot_is_refused_and_the_old_weights_serve,
+    received_weights_are_sampled_from,
+    weights_change_under_running_requests,
+    marks_tokens_with_the_version_received,
+)
+
+
+async def run_checks(tiny: Path, directory: Path) -> dict[str, str]:
+    from rlhf_cluster.generation.worker import GenerationWorker
+
+    worker = GenerationWorker(str(tiny), CONFIG, context=320, dtype="float32", incarnation="generation-0-1")
+    assert await worker.start(0) == "generation-0-1"
+    bench, found = Bench(worker, policies(tiny), directory / "store"), {}
+    for check in CHECKS:
+        began = time.perf_counter()
+        try:
+            await asyncio.wait_for(check(bench), 2 * DEADLINE_S)
+            found[check.__name__] = ""
+        except Exception:
+            found[check.__name__] = traceback.format_exc()
+        print(f"{check.__name__}: {time.perf_counter() - began:.1f} s", flush=True)
+    worker.stop()
+    return found
+
+
+def in_child(_: int, tiny: str, directory: str) -> None:
+    found = asyncio.run(run_checks(Path(tiny), Path(directory)))
+    Path(directory, "found.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """By check, the traceback of its failure, or nothing."""
+    directory = tmp_path_factory.mktemp("generation")
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in ENVIRONMENT.items():
+            patch.setenv(variable, value)
+        multiprocessing.spawn(in_child, (str(tiny), str(directory)), nprocs=1)
+    return json.loads((directory / "found.json").read_text())
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_generation(found: dict[str, str], check: str) -> None:
+    if found[check]:
+        pytest.fail(found[check], pytrace=False)

@@ -1,0 +1,240 @@
+"""`ppo.train` over real rooms: vLLM workers, scorers, the reference and DeepSpeed ranks as Ray actors.
+
+The rooms are opened once. Gangs of learners - every ZeRO stage, one rank and two - then train from the same start with
+the same seeds, and must tell the same story.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from rlhf_cluster import ppo
+from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup
+from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOPaths, Starter, open_rooms
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.data.batches import PromptOrder
+from rlhf_cluster.inputs import load_inputs
+from rlhf_cluster.records import Prompts, ReferencedRollouts
+from rlhf_cluster.rooms import Rooms
+from rlhf_cluster.storage.checkpoints import Checkpoints
+from rlhf_cluster.storage.rollout_log import RolloutLog
+from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, read_metrics
+from rlhf_cluster.telemetry.timer import Timeline, Timer
+
+STEPS = 3
+GANGS = [(3, 2), (2, 2), (0, 2), (0, 1)]  # ZeRO stage, ranks; the first is opened with the rooms
+SAME = pytest.approx  # metrics of two gangs: float32, added up in another order
+STORY = (
+    *("actor/pg_loss", "actor/grad_norm", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"),
+    *("critic/vf_loss", "critic/grad_norm", "critic/vf_clipfrac", "critic/vf_explained_var", "critic/advantages/max"),
+    *("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "response_length/mean"),
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a gang left: its directory, its metrics and its rollouts by iteration."""
+
+    directory: Path
+    metrics: Mapping[int, Mapping[str, Any]]
+    rollouts: Mapping[int, ReferencedRollouts]
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.directory / "checkpoints")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where all gangs train: the config without a gang, the prompts, and the open rooms with the first gang."""
+
+    cfg: RunConfig
+    prompts: Prompts
+    paths: PPOPaths
+    opened: OpenRooms
+    logs: Path
+
+    @asynccontextmanager
+    async def gang(self, stage: int, ranks: int) -> AsyncIterator[tuple[Rooms, LearnerGroup]]:
+        """The rooms with another gang in the learner's place, and a weight store of its own."""
+        cfg = with_gang(self.cfg, stage, ranks)
+        starter = Starter(cfg, Attempt(f"test-zero-{stage}-ranks-{ranks}", 1, self.logs / f"{stage}-{ranks}"))
+        try:
+            channel = await starter.open_channel()
+            learner = LearnerGroup(await starter.start_learner(self.paths), channel, cfg.cluster.call_timeout_s)
+            samplers = [host for host in self.opened.hosts if host.name.startswith("generation")]
+            generation = GenerationPool(samplers, channel, cfg.cluster.call_timeout_s)
+            yield dataclasses.replace(self.opened.rooms, generation=generation, learner=learner), learner
+        finally:
+            await starter.end()
+
+    async def train(self, rooms: Rooms, directory: Path, start: int = 0) -> Trained:
+        with MetricsLog([JsonlSink(directory / "metrics.jsonl")], pytest.fail) as metrics:
+            log = ppo.Log(
+                metrics,
+                Timer(Timeline(), ppo.STAGE),
+                RolloutLog(directory / "rollouts"),
+                Checkpoints(directory / "checkpoints"),
+                lambda step, batch: None,
+            )
+            await ppo.train(rooms, PromptOrder(self.prompts, self.cfg.seed), self.cfg.ppo, log, start)
+        records = read_metrics(directory / "metrics.jsonl")
+        return Trained(
+            directory,
+            {record.step - 1: record.metrics for record in records},
+            {step: ReferencedRollouts(log.rollouts.read(step)) for step in log.rollouts.steps()},
+        )
+
+
+def with_gang(cfg: RunConfig, stage: int, ranks: int) -> RunConfig:
+    engine = dataclasses.replace(cfg.learner.engine, zero_stage=stage)
+    resources = dataclasses.replace(cfg.learner.resources, workers=ranks)
+    return dataclasses.replace(cfg, learner=dataclasses.replace(cfg.learner, engine=engine, resources=resources))
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def scene(
+    private_ray: None,
+    runner: asyncio.Runner,
+    small: Callable[..., RunConfig],
+    policy: Path,
+    reward_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Scene]:
+    cfg = small(
+        *(f"ppo.steps={STEPS}", "ppo.samples_per_prompt=2", "ppo.epochs=2"),
+        *("learner.policy.lr=1e-3", "learner.critic.lr=1e-3", "learner.engine.tokens_per_micro_batch=400"),
+        *("generation.resources.workers=2", "reward.resources.workers=2"),
+    )
+    logs, paths = tmp_path_factory.mktemp("logs"), PPOPaths(policy, policy, reward_model)
+    opening = open_rooms(with_gang(cfg, *GANGS[0]), Attempt("test-ppo", 1, logs), paths)
+    opened = runner.run(opening.__aenter__())
+    yield Scene(cfg, load_inputs(cfg).prompts, paths, opened, logs)
+    runner.run(opening.__aexit__(None, None, None))
+
+
+@pytest.fixture(scope="module")
+def trained(
+    scene: Scene, runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[tuple[int, int], Trained]:
+    """Every gang trains from the same policy; generation goes back to it by receiving version 0 again."""
+
+    async def with_another(stage: int, ranks: int) -> Trained:
+        async with scene.gang(stage, ranks) as (rooms, learner):
+            await learner.publish(0)
+            await rooms.generation.receive(0)
+            return await scene.train(rooms, tmp_path_factory.mktemp(f"zero-{stage}-ranks-{ranks}"))
+
+    first = runner.run(scene.train(scene.opened.rooms, tmp_path_factory.mktemp("first")))
+    return {GANGS[0]: first} | {gang: runner.run(with_another(*gang)) for gang in GANGS[1:]}
+
+
+@pytest.mark.parametrize("gang", GANGS)
+def test_the_first_minibatch_has_ratio_1_and_clips_nothing(
+    trained: Mapping[Any, Trained], gang: tuple[int, int]
+) -> None:
+    for metrics in trained[gang].metrics.values():
+        assert metrics["actor/first_ratio_max"] == pytest.approx(1, abs=1e-5)
+        assert metrics["actor/first_ratio_min"] == pytest.approx(1, abs=1e-5)
+        assert metrics["actor/first_clipfrac"] == 0
+
+
+@pytest.mark.parametrize("gang", GANGS)
+def test_after_each_publish_vllm_samples_from_the_learner_s_weights(
+    trained: Mapping[Any, Trained], gang: tuple[int, int]
+) -> None:
+    """The policy has moved far beyond the tolerance, so that workers with an older version could not pass."""
+    for step, metrics in trained[gang].metrics.items():
+        assert metrics["rollout/logprob_diff_max"] < 1e-4
+        rollouts = trained[gang].rollouts[step]
+        moved = np.abs(np.concatenate(rollouts.rollout_logprobs) - np.concatenate(rollouts.ref_logprobs)).max()
+        assert moved < 1e-4 if step == 0 else moved > 1e-2
+
+
+@pytest.mark.parametrize("gang", GANGS)
+def test_every_token_bears_the_version_of_its_iteration(trained: Mapping[Any, Trained], gang: tuple[int, int]) -> None:
+    for step, rollouts in trained[gang].rollouts.items():
+        assert set(np.concatenate(rollouts.weight_versions).tolist()) == {step}
+        assert trained[gang].metrics[step]["rollout/staleness"] == 0
+        assert trained[gang].metrics[step]["sync/version"] == step + 1
+
+
+@pytest.mark.parametrize("gang", GANGS)
+def test_every_member_is_trained_on_once(scene: Scene, trained: Mapping[Any, Trained], gang: tuple[int, int]) -> None:
+    """The learner's own sums over its ranks speak of the same rows as the log."""
+    order, ppo_cfg = PromptOrder(scene.prompts, scene.cfg.seed), scene.cfg.ppo
+    for step, rollouts in trained[gang].rollouts.items():
+        members = order.members(step, ppo_cfg.batch_size, ppo_cfg.samples_per_prompt)
+        assert sorted(rollouts.sample_id) == sorted(members.sample_id)
+        metrics, lengths = trained[gang].metrics[step], [len(ids) for ids in rollouts.response_ids]
+        assert metrics["response_length/mean"] == pytest.approx(np.mean(lengths))
+        assert metrics["objective/scores"] == pytest.approx(rollouts.score.mean(), abs=1e-6)
+
+
+def test_both_workers_of_each_pool_take_part(trained: Mapping[Any, Trained]) -> None:
+    """And responses end early or at the limit, so that what all the others say holds for ragged batches."""
+    rollouts = trained[GANGS[0]].rollouts[0]
+    assert set(rollouts.incarnation) == {"generation-0.1", "generation-1.1"}
+    assert set(rollouts.finish_reason) == {"stop", "length"}
+    assert len({len(ids) for ids in rollouts.response_ids}) > 2
+
+
+@pytest.mark.parametrize("gang", GANGS[1:])
+def test_zero_stages_and_numbers_of_ranks_agree(trained: Mapping[Any, Trained], gang: tuple[int, int]) -> None:
+    first = trained[GANGS[0]]
+    assert sorted(first.metrics) == sorted(trained[gang].metrics) == list(range(STEPS))
+    for step in range(STEPS):
+        mine, theirs = trained[gang].metrics[step], first.metrics[step]
+        assert {name: mine[name] for name in STORY} == SAME({name: theirs[name] for name in STORY}, rel=1e-4, abs=1e-4)
+    assert distance(trained[gang], first) < 1e-4
+
+
+def distance(some: Trained, other: Trained) -> float:
+    """The largest difference between two final policies and critics."""
+    largest = 0.0
+    for model in ("policy", "critic"):
+        mine, theirs = (
+            load_file(which.checkpoints.directory / f"step-{STEPS}" / model / "model.safetensors")
+            for which in (some, other)
+        )
+        assert mine.keys() == theirs.keys()
+        largest = max(largest, *(float((mine[name] - theirs[name]).abs().max()) for name in mine))
+    return largest
+
+
+def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_with_one_rank_at_stage_0(
+    scene: Scene, trained: Mapping[Any, Trained], runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    whole = trained[(3, 2)]
+    checkpoint = whole.checkpoints.directory / "step-1"
+
+    async def resumed() -> Trained:
+        async with scene.gang(0, 1) as (rooms, learner):
+            await learner.load(checkpoint, 1)
+            await learner.publish(1)
+            await rooms.generation.receive(1)
+            return await scene.train(rooms, tmp_path, ppo.resume_step(checkpoint))
+
+    again = runner.run(resumed())
+    assert sorted(again.metrics) == [1, 2]
+    for step, metrics in again.metrics.items():
+        expected = {name: whole.metrics[step][name] for name in STORY}
+        assert {name: metrics[name] for name in STORY} == SAME(expected, rel=1e-4, abs=1e-4)
+        assert metrics["rollout/logprob_diff_max"] < 1e-4
+    assert distance(again, whole) < 1e-4

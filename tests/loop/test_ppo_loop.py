@@ -1,0 +1,242 @@
+"""The real `ppo.train` on in-process fakes of the rooms: no Ray, milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import Broken, Events, FakeRooms, as_they_came, prompts, shuffled
+
+from rlhf_cluster import ppo
+from rlhf_cluster.config import KLConfig, PPOConfig
+from rlhf_cluster.data.batches import PromptOrder
+from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.storage.checkpoints import Checkpoints
+from rlhf_cluster.storage.rollout_log import RolloutLog
+from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, MetricsRecord, read_metrics
+from rlhf_cluster.telemetry.timer import Timeline, Timer
+
+STEPS, BATCH = 5, 8
+ORDER = PromptOrder(prompts(), seed=3)
+
+
+@dataclass
+class RunOfLoop:
+    """One run of the loop on fakes, and what it left behind in `directory`."""
+
+    directory: Path
+    fakes: FakeRooms = field(default_factory=FakeRooms)
+    shown: list[int] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)  # tasks that were still pending when `train` ended
+
+    def __call__(self, start: int = 0, **changed: Any) -> RunOfLoop:
+        cfg = PPOConfig(steps=STEPS, batch_size=BATCH, samples_per_prompt=2, minibatch_size=4, **changed)
+        asyncio.run(self._run(cfg, start))
+        return self
+
+    async def _run(self, cfg: PPOConfig, start: int) -> None:
+        def fail(sentence: str) -> None:
+            raise AssertionError(sentence)
+
+        def show(step: int, batch: ScoredRollouts) -> None:
+            self.shown.append(step)
+
+        with MetricsLog([JsonlSink(self.directory / "metrics.jsonl")], warn=fail) as metrics:
+            log = ppo.Log(metrics, Timer(Timeline(), "ppo"), self.rollouts, self.checkpoints, show)
+            try:
+                async with asyncio.timeout(20):
+                    await ppo.train(self.fakes.rooms, ORDER, cfg, log, start)
+            finally:
+                self.left = [repr(task) for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    @property
+    def rollouts(self) -> RolloutLog:
+        return RolloutLog(self.directory / "rollouts")
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.directory / "checkpoints")
+
+    @property
+    def metrics(self) -> list[MetricsRecord]:
+        return read_metrics(self.directory / "metrics.jsonl")
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """What a tree of exception groups is made of."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
+
+
+def members(step: int) -> list[str]:
+    return sorted(ORDER.members(step, BATCH, 2).sample_id)
+
+
+def test_verbs_of_the_synchronous_loop_come_in_order(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)()
+    log = run.fakes.events.log
+    for step in range(STEPS):
+        begin, update, publish, receive = (
+            log.index(event) for event in [("begin", step), ("update", step), ("publish", step + 1), ("receive", step + 1)]
+        )
+        inside = [place for place, event in enumerate(log) if event[0] in ("sample", "score", "ref", "add") and event[1] == step]
+        assert begin < min(inside) and max(inside) < update < publish < receive
+        assert len(inside) == 4 * BATCH // 2  # four verbs for each table of two rows
+        if step:
+            assert log.index(("receive", step)) < begin
+    assert log[-1] == ("save", STEPS)
+    assert run.left == []
+
+
+def test_rows_move_on_while_others_are_still_sampled(tmp_path: Path) -> None:
+    """The learner has evaluated the first rollouts before the last have ended."""
+    log = RunOfLoop(tmp_path, FakeRooms(chunk=1, ticks={"generation": 5}))().fakes.events.log
+    assert log.index(("add", 0)) < max(place for place, event in enumerate(log) if event == ("sample", 0))
+
+
+def test_reward_and_reference_work_side_by_side(tmp_path: Path) -> None:
+    fakes = FakeRooms(chunk=BATCH, ticks={"reward": 50, "reference": 50})
+    log = RunOfLoop(tmp_path, fakes)().fakes.events.of("score", "ref", "add")
+    assert log[:3] == [("score", 0), ("ref", 0), ("add", 0)]  # neither waited for the other's fifty turns
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+@pytest.mark.parametrize(("order", "chunk"), [(as_they_came, 1), (shuffled(0), 1), (shuffled(1), 3), (shuffled(2), 8)])
+def test_every_member_is_trained_exactly_once(tmp_path: Path, max_staleness: int, order: Any, chunk: int) -> None:
+    trained = RunOfLoop(tmp_path, FakeRooms(order=order, chunk=chunk))(max_staleness=max_staleness).fakes.learner.trained
+    assert trained == {step: members(step) for step in range(STEPS)}
+    assert set(Counter(sample for step in trained.values() for sample in step).values()) == {1}
+
+
+def test_arrival_order_changes_no_row(tmp_path: Path) -> None:
+    runs = [
+        RunOfLoop(tmp_path / name, FakeRooms(order=order, chunk=chunk))().fakes.learner.rows
+        for name, order, chunk in (("a", as_they_came, 8), ("b", shuffled(5), 1))
+    ]
+    assert all(runs[0][step].table.equals(runs[1][step].table) for step in range(STEPS))
+
+
+@pytest.mark.parametrize("generation", [1, 40])
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 9])
+def test_staleness_is_bounded_and_used(tmp_path: Path, max_staleness: int, generation: int) -> None:
+    learner = RunOfLoop(tmp_path, FakeRooms(ticks={"generation": generation}))(max_staleness=max_staleness).fakes.learner
+    assert learner.most_open == min(max_staleness + 1, STEPS)
+    assert all(age <= max_staleness for age in learner.staleness.values())
+    if generation == 1:  # batches that are sampled faster than trained on wait as long as they may
+        assert learner.staleness == {step: min(step, max_staleness) for step in range(STEPS)}
+
+
+def test_the_steps_own_tokens_are_never_newer_than_their_policy(tmp_path: Path) -> None:
+    learner = RunOfLoop(tmp_path)(max_staleness=2).fakes.learner
+    assert all(age >= 0 for age in learner.staleness.values())
+
+
+def test_no_batch_past_the_last_is_begun(tmp_path: Path) -> None:
+    events = RunOfLoop(tmp_path)(max_staleness=3).fakes.events
+    assert events.of("begin") == [("begin", step) for step in range(STEPS)]
+
+
+def test_weights_are_received_as_they_are_published(tmp_path: Path) -> None:
+    events = RunOfLoop(tmp_path)(max_staleness=1).fakes.events
+    expected = [(verb, version) for version in range(1, STEPS + 1) for verb in ("publish", "receive")]
+    assert events.of("publish", "receive") == expected
+
+
+def test_with_a_penalty_rows_carry_the_reference(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)(kl=KLConfig(coef=0.3))
+    rows = ReferencedRollouts(run.rollouts.read(0))
+    pairs = zip(rows.rollout_logprobs, rows.ref_logprobs, strict=True)
+    assert all((own - ref).tolist() == pytest.approx([0.5] * len(own)) for own, ref in pairs)
+    assert run.fakes.learner.coefs == [0.3] * STEPS
+
+
+def test_without_a_penalty_no_reference_is_asked(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path, FakeRooms(kl=False))(kl=KLConfig("none", 0.0))
+    assert run.fakes.events.of("ref") == []
+    for step in range(STEPS):
+        assert type(run.fakes.learner.rows[step]) is ScoredRollouts
+        assert "ref_logprobs" not in run.rollouts.read(step).column_names
+
+
+FAILURES = [
+    *[(verb, 1) for verb in ("begin", "sample", "score", "ref", "add", "update", "save")],
+    ("publish", 2),
+    ("receive", 2),
+    ("score", 3),
+]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+@pytest.mark.parametrize("broken", FAILURES, ids=lambda event: f"{event[0]}-{event[1]}")
+def test_a_failure_in_a_room_ends_the_loop_with_that_error(
+    tmp_path: Path, broken: tuple[str, int], max_staleness: int
+) -> None:
+    run = RunOfLoop(tmp_path, FakeRooms(Events(broken=broken)))
+    with pytest.raises(BaseException) as raised:  # noqa: PT011 - the leaves are looked at
+        run(max_staleness=max_staleness, save_every=1)
+    found = {f"{type(error).__name__} {error}" for error in leaves(raised.value)}
+    assert found == {f"{Broken.__name__} {broken[0]} {broken[1]}"}
+    assert run.left == []
+
+
+def test_a_checkpoint_that_failed_is_not_there(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path, FakeRooms(Events(broken=("save", 2))))
+    with pytest.raises(ExceptionGroup):
+        run(save_every=1)
+    assert [path.name for path in run.checkpoints.directory.iterdir()] == ["step-1"]
+
+
+@pytest.mark.parametrize(("save_every", "kept"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (99, [5])])
+def test_checkpoints_every_so_often_and_at_the_end(tmp_path: Path, save_every: int, kept: list[int]) -> None:
+    run = RunOfLoop(tmp_path)(save_every=save_every)
+    assert sorted(path.name for path in run.checkpoints.directory.iterdir()) == [f"step-{step}" for step in kept]
+    newest = run.checkpoints.latest()
+    assert newest is not None
+    run.checkpoints.verify(newest)
+    assert ppo.resume_step(newest.path) == newest.step == STEPS
+    assert (newest.path / "policy" / "weights").read_text() == f"version {STEPS}"
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_resumed_run_does_the_steps_that_were_left(tmp_path: Path, max_staleness: int) -> None:
+    whole = RunOfLoop(tmp_path / "whole")(max_staleness=max_staleness)
+    rest = RunOfLoop(tmp_path / "rest", FakeRooms(version=3))(start=3, max_staleness=max_staleness)
+    assert rest.fakes.events.of("begin", "update") == [
+        event for event in whole.fakes.events.of("begin", "update") if event[1] >= 3
+    ] or max_staleness  # with open batches ahead, `begin` of 3 and 4 come before `update` of 3
+    assert rest.fakes.learner.trained == {step: members(step) for step in (3, 4)}
+    for step in (3, 4):
+        same = ["sample_id", "response_ids", "seed"]
+        assert rest.rollouts.read(step).select(same).sort_by("sample_id") == whole.rollouts.read(step).select(same).sort_by("sample_id")
+    assert rest.fakes.learner.staleness[3] == 0
+
+
+def test_a_run_that_is_done_starts_nothing(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)(start=STEPS)
+    assert run.fakes.events.log == []
+    assert run.metrics == [] and run.checkpoints.latest() is None
+
+
+def test_what_happened_is_written_down(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)()
+    assert [(record.stage, record.step) for record in run.metrics] == [("ppo", version) for version in range(1, STEPS + 1)]
+    assert run.rollouts.steps() == run.shown == list(range(STEPS))
+    for step, record in enumerate(run.metrics):
+        rows, found = ReferencedRollouts(run.rollouts.read(step)), record.metrics
+        assert sorted(rows.sample_id) == members(step)
+        assert found["critic/score/mean"] == pytest.approx(float(rows.score.mean()))
+        assert (found["sync/version"], found["actor/kl_coef"]) == (step + 1, 0.02)
+        assert found["perf/total_num_tokens"] == sum(map(len, rows.prompt_ids)) + sum(map(len, rows.response_ids))
+        assert found["perf/throughput"] == pytest.approx(found["perf/total_num_tokens"] / found["timing_s/step"])
+    parts = {"step", "gen", "reward", "ref", "old_log_prob", "update", "update_weights"}
+    assert {f"timing_s/{part}" for part in parts} <= run.metrics[0].metrics.keys()
+    assert "timing_s/save_checkpoint" in run.metrics[-1].metrics
+    assert "timing_s/save_checkpoint" not in run.metrics[0].metrics

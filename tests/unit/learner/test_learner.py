@@ -1,0 +1,229 @@
+"""The real learner on one rank with the tiny model: what must change nothing changes nothing, and PPO starts at 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_cluster.config import EngineConfig, LearnerConfig, ModelConfig, OptimizerConfig, PPOConfig, RewardConfig
+from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.learner.models import ActorCritic
+from rlhf_cluster.learner.worker import LearnerError, LearnerWorker
+from rlhf_cluster.models.score_head import ScalarHeadModel
+from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.scoring.worker import RewardWorker
+
+EOS, COUNT = 258, 8
+MODEL = ModelConfig(source="tiny", dtype="float32", attention="eager")
+Start = Callable[..., LearnerWorker]
+
+
+def rows(step: int = 0) -> ReferencedRollouts:
+    """A batch of `COUNT` rollouts of different lengths, half of them ended."""
+    rng = np.random.default_rng(step)
+    responses = [rng.integers(0, 256, rng.integers(1, 14)).tolist() for _ in range(COUNT)]
+    for response in responses[::2]:
+        response[-1] = EOS
+    noise = [rng.normal(-5.5, 0.3, len(response)).tolist() for response in responses]
+    return ReferencedRollouts.of(
+        {
+            "prompt_id": [f"p{i}" for i in range(COUNT)],
+            "prompt_ids": [rng.integers(0, 256, rng.integers(1, 10)).tolist() for _ in range(COUNT)],
+            "step": [step] * COUNT,
+            "sample_index": [0] * COUNT,
+            "sample_id": [f"{step}/p{i}/0" for i in range(COUNT)],
+            "seed": list(range(COUNT)),
+            "response_ids": responses,
+            "rollout_logprobs": noise,
+            "weight_versions": [[step] * len(response) for response in responses],
+            "finish_reason": ["stop" if response[-1] == EOS else "length" for response in responses],
+            "temperature": [0.7] * COUNT,
+            "incarnation": ["test"] * COUNT,
+            "score": rng.normal(size=COUNT).tolist(),
+            "ref_logprobs": noise,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reward_model")
+    model = ScalarHeadModel.from_policy(tiny, torch.float32, "eager", seed=7)
+    with torch.no_grad():
+        model.score.bias.fill_(0.25)
+    model.save(path, load_tokenizer(tiny), torch.float32)
+    return path
+
+
+@pytest.fixture
+def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> Start:
+    """A learner as the run starts it. All live in this process's gang of one."""
+
+    def make(tokens_per_micro_batch: int = 64, epochs: int = 1, minibatch_size: int = 4) -> LearnerWorker:
+        rate = OptimizerConfig(lr=1e-3)
+        cfg = LearnerConfig(rate, rate, EngineConfig(tokens_per_micro_batch=tokens_per_micro_batch))
+        ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, epochs=epochs)
+        worker = LearnerWorker(cfg, ppo, MODEL, temperature=0.7, seed=5)
+        worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model)
+        return worker
+
+    return make
+
+
+def give(worker: LearnerWorker, batch: ScoredRollouts, order: list[int] | None = None, chunk: int = 3) -> None:
+    """`begin`, then `add` in tables of `chunk` rows."""
+    step = int(batch.step[0])
+    worker.begin(step, batch.sample_id)
+    arrived = batch.take(order or range(len(batch)))
+    for first in range(0, len(arrived), chunk):
+        part = arrived.slice(first, min(first + chunk, len(arrived)))
+        worker.add(step, part, 0, len(part))
+
+
+def numbers(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("timing_s/")}
+
+
+def weights(worker: LearnerWorker) -> dict[str, torch.Tensor]:
+    engines = {"policy": worker._models.policy, "critic": worker._models.critic}
+    return {f"{model}/{n}": t.clone() for model, engine in engines.items() for n, t in engine.full_parameters()}
+
+
+def distance(some: LearnerWorker, other: LearnerWorker) -> float:
+    others = weights(other)
+    return max(float((tensor - others[name]).abs().max()) for name, tensor in weights(some).items())
+
+
+def test_the_first_minibatch_has_ratio_1_and_clips_nothing(start: Start) -> None:
+    """Old logprobs come from the same forward, in other micro-batches: equal up to rounding."""
+    worker = start(minibatch_size=COUNT)
+    give(worker, rows())
+    found = worker.update(0, 0.02).metrics
+    assert found["actor/first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert found["actor/first_ratio_min"] == pytest.approx(1.0, abs=1e-5)
+    assert found["actor/first_clipfrac"] == found["actor/pg_clipfrac"] == found["critic/vf_clipfrac"] == 0.0
+    assert found["actor/ppo_kl"] < 1e-9
+    assert found["actor/grad_norm"] > 1e-3  # advantages are whitened: the loss is 0, its gradient is not
+
+
+def test_later_minibatches_do_move_away(start: Start) -> None:
+    worker = start(epochs=4)
+    give(worker, rows())
+    found = worker.update(0, 0.02).metrics
+    assert found["actor/first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert found["actor/ppo_kl"] > 1e-5
+
+
+@pytest.mark.parametrize("limit", [1, 40, 1 << 20])
+def test_the_size_of_micro_batches_changes_nothing(start: Start, limit: int) -> None:
+    one, other = start(64), start(limit)
+    for worker in (one, other):
+        give(worker, rows())
+    expected, found = (numbers(worker.update(0, 0.02).metrics) for worker in (one, other))
+    assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
+    assert distance(one, other) < 1e-5
+    assert distance(one, start()) > 1e-4  # they did learn
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_order_of_arrival_changes_nothing(start: Start, chunk: int) -> None:
+    one, other = start(), start()
+    give(one, rows())
+    give(other, rows(), order=np.random.default_rng(chunk).permutation(COUNT).tolist(), chunk=chunk)
+    expected, found = (numbers(worker.update(0, 0.02).metrics) for worker in (one, other))
+    assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
+    assert distance(one, other) < 1e-5
+
+
+def test_repeating_what_was_applied_changes_nothing(start: Start) -> None:
+    one, other = start(), start()
+    for worker in (one, other):
+        give(worker, rows())
+    assert other.begin(0, rows().sample_id) == dict.fromkeys(rows().sample_id, 0)
+    other.add(0, rows(), 2, 6)
+    expected, first = one.update(0, 0.02), other.update(0, 0.02)
+    assert numbers(first.metrics) == numbers(expected.metrics)
+    before = weights(other)
+    assert other.update(0, 0.02) is first
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(other).items())
+    assert distance(one, other) == 0.0
+
+
+def test_an_update_gives_the_next_version_and_closes_its_batch(start: Start) -> None:
+    worker = start()
+    give(worker, rows(0))
+    give(worker, rows(1))  # two batches may be open
+    assert (worker.update(0, 0.02).weight_version, worker.update(1, 0.02).weight_version) == (1, 2)
+    with pytest.raises(LearnerError, match=r"update of batch 0, but the open batches are \[\]"):
+        worker.update(0, 0.02)
+    with pytest.raises(LearnerError, match=r"rows of batch 7 arrived, but the open batches are \[\]"):
+        worker.add(7, rows(7), 0, 1)
+
+
+def test_a_saved_learner_goes_on_bit_by_bit(start: Start, tmp_path: Path) -> None:
+    one, other = start(), start()
+    give(one, rows(0))
+    one.update(0, 0.02)
+    one.save(str(tmp_path))
+    other.load(str(tmp_path), 1)
+    assert distance(one, other) == 0.0
+    for worker in (one, other):
+        give(worker, rows(1))
+    expected, found = one.update(1, 0.02), other.update(1, 0.02)
+    assert numbers(found.metrics) == numbers(expected.metrics)
+    assert found.weight_version == expected.weight_version == 2
+    assert distance(one, other) == 0.0
+
+
+def test_saved_models_are_what_was_learnt(start: Start, tmp_path: Path) -> None:
+    worker = start()
+    give(worker, rows())
+    worker.update(0, 0.02)
+    worker.save(str(tmp_path))
+    saved, learnt = load_file(tmp_path / "policy" / "model.safetensors"), weights(worker)
+    assert all(torch.equal(tensor, learnt[f"policy/model.{name}"]) for name, tensor in saved.items())
+    head = load_file(tmp_path / "critic" / "score_head.safetensors")
+    assert torch.equal(head["weight"], learnt["critic/score.weight"])
+
+
+def test_published_weights_are_the_policys(start: Start, tmp_path: Path) -> None:
+    worker = start()
+    snapshot = worker.publish(3, str(tmp_path))
+    assert snapshot is not None and snapshot.version == 3
+    published, own = load_file(snapshot.path), weights(worker)
+    assert {f"policy/model.{name}" for name in published} == {name for name in own if name.startswith("policy/")}
+    assert all(torch.equal(tensor, own[f"policy/model.{name}"]) for name, tensor in published.items())
+
+
+def test_values_start_as_the_reward_models_scores(tiny: Path, reward_model: Path, one_rank: Ranks) -> None:
+    """The value before one more token is the reward model's score of what stands there, EOS included."""
+    batch = rows()
+    scores = RewardWorker(RewardConfig(), str(reward_model), "float32", "eager", 0).score(batch).score
+    models = ActorCritic(tiny, reward_model, LearnerConfig(), MODEL, 0, one_rank)
+    longer = [np.append(response, 0).astype(np.int32) for response in batch.response_ids]
+    values = models.evaluate(batch.prompt_ids, longer, 1.0).values
+    assert [own[-1] for own in values] == pytest.approx(scores.tolist(), abs=1e-5)
+    assert np.std(scores) > 0.05
+
+
+def test_without_a_reward_model_the_critic_has_a_new_head_on_the_policy(tiny: Path, one_rank: Ranks) -> None:
+    models = ActorCritic(tiny, None, LearnerConfig(), MODEL, 3, one_rank)
+    policy = {name.removeprefix("model.model."): t for name, t in models.policy.full_parameters()}
+    critic = {name.removeprefix("body."): t for name, t in models.critic.full_parameters()}
+    assert torch.equal(critic["layers.0.mlp.up_proj.weight"], policy["layers.0.mlp.up_proj.weight"])
+    assert float(critic["score.bias"]) == 0.0
+
+
+def test_without_a_reference_the_kl_is_zero(start: Start) -> None:
+    plain = ScoredRollouts(rows().table.drop_columns(["ref_logprobs"]))
+    worker = start()
+    give(worker, plain)
+    found = worker.update(0, 0.0).metrics
+    assert found["objective/kl"] == found["objective/non_score_reward"] == 0.0
+    assert found["objective/rlhf_reward"] == pytest.approx(found["objective/scores"])

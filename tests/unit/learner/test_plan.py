@@ -1,0 +1,52 @@
+"""Minibatches and owners are decided by the members alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rlhf_cluster.learner.plan import plan_batch
+
+IDS = [f"0/p{i}/{j}" for i in range(8) for j in range(3)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_order_of_arrival_and_number_of_ranks_change_no_minibatch(world: int, seed: int) -> None:
+    expected = plan_batch(IDS, 6, 1, seed)
+    arrived = [IDS[i] for i in np.random.default_rng(9).permutation(len(IDS))]
+    plan = plan_batch(arrived, 6, world, seed)
+    assert plan.minibatches == expected.minibatches
+    assert plan == plan_batch(IDS, 6, world, seed)
+
+
+def test_minibatches_part_the_members() -> None:
+    plan = plan_batch(IDS, 6, 2, 0)
+    assert [len(minibatch) for minibatch in plan.minibatches] == [6] * 4
+    assert sorted(sum(plan.minibatches, [])) == sorted(IDS)
+    assert plan.minibatches != plan_batch(IDS, 6, 2, 1).minibatches  # the seed matters
+    assert sum(plan.minibatches, []) != sorted(IDS)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_minibatch_is_dealt_evenly(world: int) -> None:
+    plan = plan_batch(IDS, 6, world, 0)
+    for minibatch in plan.minibatches:
+        assert Counter(plan.owners[sample_id] for sample_id in minibatch) == dict.fromkeys(range(world), 6 // world)
+
+
+def test_a_short_batch_keeps_a_last_short_minibatch() -> None:
+    plan = plan_batch(IDS[:20], 6, 2, 0)
+    assert [len(minibatch) for minibatch in plan.minibatches] == [6, 6, 6, 2]
+    assert plan.owners.keys() == set(IDS[:20])
+
+
+def test_epochs_go_through_all_minibatches_in_seeded_orders() -> None:
+    plan = plan_batch(IDS, 2, 1, 0)
+    orders = plan.orders(3, seed=5)
+    assert orders[0] == list(range(12))  # as planned: the permutation of the rows was a shuffle already
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert orders == plan.orders(3, seed=5) != plan.orders(3, seed=6)
