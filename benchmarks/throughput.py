@@ -20,11 +20,11 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,20 +33,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
+from bare_loop import bare_update_seconds
 from rich.console import Console
 from rich.table import Table
-from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhf_cluster import ppo
+from rlhf_cluster.cluster.hosts import environment
 from rlhf_cluster.cluster.placement import Attempt, PPOPaths, open_rooms
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.config import RunConfig, load
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.inputs import Inputs, load_inputs
-from rlhf_cluster.models.load import quietly, resolve_attention, resolve_dtype
+from rlhf_cluster.models.load import resolve_attention, resolve_dtype
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.pipeline import roles_at_once
@@ -67,7 +66,6 @@ PARTS = {  # what is shown -> the loop's own timer
     "publish": "timing_s/update_weights",
 }
 STEP, CHECKPOINT = "timing_s/step", "timing_s/save_checkpoint"
-BARE_ROUNDS = 3  # measured rounds of the bare loop, after one to warm up
 
 
 def arguments() -> argparse.Namespace:
@@ -165,33 +163,11 @@ async def measure(cfg: RunConfig, inputs: Inputs, prompts: Prompts, work: Path, 
         return {**await opened.peak_memory(), "driver": driver}
 
 
-def bare_loop(policy: Path, sequences: Sequence[Sequence[int]], tokens: int, micro_batch: int, cfg: RunConfig) -> float:
-    """Median seconds of one update of policy and critic written with torch and transformers alone."""
-    torch.set_num_threads(cfg.learner.resources.threads)
-    how = {"dtype": resolve_dtype(cfg.model.dtype), "attn_implementation": resolve_attention(cfg.model.attention)}
-    with quietly():
-        actor = AutoModelForCausalLM.from_pretrained(policy, **how)
-        critic = AutoModel.from_pretrained(policy, **how)
-    head = torch.nn.Linear(critic.config.hidden_size, 1)
-    groups = [list(actor.parameters()), [*critic.parameters(), *head.parameters()]]
-    optimizers = [torch.optim.AdamW(group, lr=1e-6, fused=True) for group in groups]
-    ids = torch.tensor(sequences)
-
-    def once() -> float:
-        began = time.perf_counter()
-        for rows in ids.split(micro_batch):
-            logits = actor(rows, use_cache=False, logits_to_keep=tokens + 1).logits[:, :-1].float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), rows[:, -tokens:].flatten(), reduction="sum")
-            (loss / (len(ids) * tokens)).backward()
-            hidden = critic(rows, use_cache=False).last_hidden_state[:, -tokens - 1 : -1].float()
-            (head(hidden).square().sum() / (len(ids) * tokens)).backward()
-        for group, optimizer in zip(groups, optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(group, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - began
-
-    return statistics.median([once() for _ in range(1 + BARE_ROUNDS)][1:])
+def bare_loop(args: argparse.Namespace, cfg: RunConfig, policy: Path, sequences: Sequence[Sequence[int]]) -> float:
+    """Seconds of the bare loop on `sequences`, in a process born with the learner's own environment."""
+    os.environ.update(environment(cfg.learner.resources))
+    how = resolve_dtype(cfg.model.dtype), resolve_attention(cfg.model.attention), cfg.learner.resources.threads
+    return float(in_own_process(bare_update_seconds, policy, *how, sequences, args.tokens, args.micro_batch))
 
 
 def batch_of(work: Path, step: int, tokens: int) -> list[list[int]]:
@@ -216,10 +192,10 @@ def figures(records: Sequence[Mapping[str, float]], sequences: Sequence[Sequence
     return {
         "seconds": seconds,
         "tokens_per_second": {
-            "generated tokens / generate": generated / seconds["generate"]["median"],
-            "prompt and response tokens / learner update": trained / seconds["learner update"]["median"],
-            "generated tokens / whole step": generated / seconds["whole step"]["median"],
-            "prompt and response tokens / whole step": trained / seconds["whole step"]["median"],
+            "generated / generate": generated / seconds["generate"]["median"],
+            "trained / learner update": trained / seconds["learner update"]["median"],
+            "generated / whole step": generated / seconds["whole step"]["median"],
+            "trained / whole step": trained / seconds["whole step"]["median"],
         },
         "checkpoint_seconds": records[-1].get(CHECKPOINT, math.nan),
     }
@@ -253,7 +229,11 @@ def show(result: Mapping[str, Any]) -> None:
         table.add_row(f"peak memory in GB: {process}", f"{peak / 1e9:.2f}", "", "")
     console.print(table)
     console.print(result["workload"], soft_wrap=True)
-    console.print("Parts overlap, so they need not add up to the step; the step is without the checkpoint at the end.")
+    console.print(
+        "Parts overlap, so they need not add up to the step, which is without the checkpoint at the end. Trained "
+        "tokens are those of prompts and responses. Peak memory counts shared pages in every process that maps them.",
+        soft_wrap=True,
+    )
 
 
 def workload(args: argparse.Namespace, cfg: RunConfig, prompt_tokens: int) -> str:
@@ -284,7 +264,7 @@ def main() -> int:
                 memory = asyncio.run(measure(cfg, inputs, prompts, work, shown))
             print("measuring the bare torch loop", file=terminal)
             sequences = batch_of(work, cfg.ppo.steps - 1, args.tokens)
-            bare = in_own_process(bare_loop, inputs.base_path, sequences, args.tokens, args.micro_batch, cfg)
+            bare = bare_loop(args, cfg, inputs.base_path, sequences)
     found = figures(shown.records[args.warmup :], sequences, args.tokens)
     result = {
         "workload": workload(args, cfg, prompt_tokens),

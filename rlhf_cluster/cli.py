@@ -121,10 +121,11 @@ def config_of(args: argparse.Namespace) -> RunConfig:
 
 def run(args: argparse.Namespace) -> None:
     cfg = config_of(args)
-    from rlhf_cluster import pipeline
     from rlhf_cluster.telemetry.quiet import quiet_libraries
 
     quiet_libraries()
+    from rlhf_cluster import pipeline
+
     pipeline.run(cfg, args.overrides)
 
 
@@ -178,6 +179,9 @@ def chat_with(args: argparse.Namespace) -> None:
 
 
 def generate_file(args: argparse.Namespace) -> None:
+    from rlhf_cluster.telemetry.quiet import quiet_libraries
+
+    quiet_libraries()
     from rlhf_cluster.generate import generate
 
     generate(args.run_dir, args.prompts, args.output)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -297,7 +298,7 @@ def load_file(path: Path) -> RunConfig:
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {_one_sentence(error)}") from error
     return validate(cfg)
 
@@ -422,8 +423,28 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("generation.max_response_tokens", cfg.generation.max_response_tokens),
         ("generation.max_num_seqs", cfg.generation.max_num_seqs),
         ("data.max_prompt_tokens", cfg.data.max_prompt_tokens),
+        ("evaluation.samples_per_prompt", cfg.evaluation.samples_per_prompt),
     ):
         _require(value >= 1, f"{key}={value}: it must be at least 1")
+    for key, share in (
+        ("data.heldout_fraction", cfg.data.heldout_fraction),
+        ("ppo.advantage.gamma", cfg.ppo.advantage.gamma),
+        ("ppo.advantage.lam", cfg.ppo.advantage.lam),
+        *((f"{name}.betas", beta) for name, optimizer in _optimizers(cfg) for beta in optimizer.betas),
+    ):
+        _require(0 <= share <= 1, f"{key}={share}: it must be between 0 and 1")
+    for key, number in (
+        ("ppo.kl.coef", cfg.ppo.kl.coef),
+        ("ppo.clip", cfg.ppo.clip),
+        ("ppo.value_clip", cfg.ppo.value_clip),
+        ("ppo.score_clip", cfg.ppo.score_clip),
+        ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
+        ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
+        ("rm.layers", cfg.rm.layers),
+    ):
+        _require(number >= 0, f"{key}={number}: it must not be negative")
+    for name, optimizer in _optimizers(cfg):
+        _require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
     _require(cfg.generation.temperature > 0, f"generation.temperature={cfg.generation.temperature}: it must be above 0")
     _require(cfg.ppo.max_staleness >= 0, f"ppo.max_staleness={cfg.ppo.max_staleness}: it must be 0 or more")
 
@@ -459,9 +480,9 @@ def _validate_ppo(cfg: RunConfig) -> None:
         fits = [n for n in range(1, ppo.batch_size + 1) if ppo.batch_size % n == 0]
         below = max(n for n in fits if n <= ppo.minibatch_size)
         above = min(n for n in fits if n >= min(ppo.minibatch_size, ppo.batch_size))
+        choice = f"{below} or {above}" if below != above else f"{below}"
         raise ConfigError(
-            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}; "
-            f"use {below} or {above}"
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}; use {choice}"
         )
     ranks = cfg.learner.resources.workers
     _require(

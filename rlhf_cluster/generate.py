@@ -18,7 +18,7 @@ from rlhf_cluster.data.tokenize import encode_prompts
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.results import result_config, result_policy
-from rlhf_cluster.telemetry.quiet import driver_log, quiet_libraries
+from rlhf_cluster.telemetry.quiet import driver_log
 
 
 def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> None:
@@ -28,7 +28,6 @@ def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> None:
     rows = [parse_prompt(row) for row in read_rows(str(prompts_file))]
     prompts = encode_prompts(rows, tokenizer, cfg.data.max_prompt_tokens).record
     members = heldout_members(prompts, 0, 1, cfg.seed)
-    quiet_libraries()
     logs = run_dir.resolve() / "logs" / "generate"
     with (
         driver_log(logs / "driver.log"),

@@ -28,6 +28,7 @@ from rlhf_cluster.inputs import Inputs, load_inputs
 from rlhf_cluster.ranking import rank_samples, split_comparisons
 from rlhf_cluster.records import Comparisons, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
+from rlhf_cluster.storage.durable import replace_text
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.storage.run_directory import RunDirectory
 from rlhf_cluster.telemetry.calibration import calibration, write_calibration
@@ -39,6 +40,7 @@ from rlhf_cluster.telemetry.report import COMPARISON_FILE, SAMPLES_FILE, write_r
 from rlhf_cluster.telemetry.tensorboard import TensorBoardSink
 from rlhf_cluster.telemetry.timer import Timeline, Timer
 
+COMPARISONS_FILE = "comparisons.parquet"
 HELDOUT_STEP = -1  # the label of the held-out batch: the same seeds before and after, never a training step
 
 
@@ -55,7 +57,7 @@ class Run:
 
     @property
     def attempt(self) -> Attempt:
-        return Attempt(self.cfg.name, self.directory.attempt, self.directory.attempt_logs)
+        return Attempt(self.directory.unique_name(self.cfg.name), self.directory.attempt, self.directory.attempt_logs)
 
     def output(self, stage: str) -> Path | None:
         return self.directory.stage_output(stage)
@@ -72,7 +74,7 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
     inputs = load_inputs(cfg)
     path = Path(cfg.dir or Path("runs") / cfg.name).resolve()
     with RunDirectory(path) as directory:
-        _keep_config(directory, cfg, overrides)
+        _refuse_another_run(directory, cfg)
         with driver_log(directory.attempt_logs / "driver.log") as terminal, _metrics(cfg, directory, terminal) as shown:
             progress, metrics = shown
             whole = Run(cfg, inputs, directory, progress, metrics, Timeline())
@@ -80,6 +82,8 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
             if inputs.dropped:
                 progress.note(f"rows not used: {', '.join(f'{reason}: {n}' for reason, n in inputs.dropped.items())}")
             with ray_session(cfg.cluster, roles_at_once(cfg)):
+                directory.write_config(to_yaml(cfg), overrides)  # not before: what the cluster refuses is no run yet
+                directory.write_environment(describe_environment())
                 for stage in cfg.stages:
                     STAGES[stage](whole)
             whole.timeline.write_chrome(directory.timeline)
@@ -88,22 +92,20 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
     return path
 
 
-def _keep_config(directory: RunDirectory, cfg: RunConfig, overrides: Sequence[str]) -> None:
-    """Refuses to mix two different runs in one directory, and writes what this one is."""
-    resolved = to_yaml(cfg)
-    if directory.holds_run:
-        if cfg.resume == "never":
-            raise ConfigError(f"{directory.path} holds a run already and resume=never; choose another dir")
-        before = directory.resolved_config.read_text()
-        if before != resolved:
-            new, old = resolved.splitlines(), before.splitlines()
-            differing = [line.strip() for line in new if line not in old][:3]
-            raise ConfigError(
-                f"{directory.path} holds a run with another config (here: {'; '.join(differing) or 'fewer keys'}); "
-                "choose another dir, or give the same overrides to continue it"
-            )
-    directory.write_config(resolved, overrides)
-    directory.write_environment(describe_environment())
+def _refuse_another_run(directory: RunDirectory, cfg: RunConfig) -> None:
+    """Two different runs are never mixed in one directory."""
+    if not directory.holds_run:
+        return
+    if cfg.resume == "never":
+        raise ConfigError(f"{directory.path} holds a run already and resume=never; choose another dir")
+    before, resolved = directory.resolved_config.read_text(), to_yaml(cfg)
+    if before != resolved:
+        new, old = resolved.splitlines(), before.splitlines()
+        differing = [line.strip() for line in new if line not in old][:3]
+        raise ConfigError(
+            f"{directory.path} holds a run with another config (here: {'; '.join(differing) or 'fewer keys'}); "
+            "choose another dir, or give the same overrides to continue it"
+        )
 
 
 def roles_at_once(cfg: RunConfig) -> dict[str, dict[str, Resources]]:
@@ -181,6 +183,7 @@ def run_rm(run: Run) -> None:
         )
         _on_ranks(run, rm.STAGE, rm.train, job, run.cfg.rm.resources)
         evaluation = rm.read_evaluation(job.output)
+    run.metrics.log(rm.STAGE, job.steps(), evaluation.metrics())
     write_calibration(run.directory.path, calibration(evaluation.margins))
     run.progress.note(f"reward model: {evaluation}")
 
@@ -190,23 +193,28 @@ def _rankings(run: Run) -> tuple[Comparisons, Comparisons]:
     ranking = run.cfg.rm.ranking
     if not ranking.labeler:
         return run.inputs.comparisons, run.inputs.heldout_comparisons
-    if not run.output("ranking"):
-        with run.directory.commit_stage("ranking") as output:
-            run.progress.note(
-                f"ranking: {ranking.responses} samples of {ranking.prompts} prompts, ranked by {ranking.labeler}, "
-                "a stated stand-in for a human labeler"
-            )
-            began = time.monotonic()
-            comparisons = asyncio.run(_rank(run))
-            if len(comparisons) < 2:
-                raise ConfigError(
-                    f"the labeler {ranking.labeler} told the samples of {len(comparisons)} of {ranking.prompts} "
-                    "prompts apart, 2 are needed; rank more prompts or lower rm.ranking.tie_margin"
-                )
-            pq.write_table(comparisons.table, output / "comparisons.parquet")
-            run.progress.note(f"ranking: {len(comparisons)} prompts with a winner, {time.monotonic() - began:.0f} s")
-    comparisons = Comparisons(pq.read_table(run.output("ranking") / "comparisons.parquet"))
+    ranked = run.output("ranking") or _make_rankings(run)
+    comparisons = Comparisons(pq.read_table(ranked / COMPARISONS_FILE))
     return split_comparisons(comparisons, run.cfg.data.heldout_fraction)
+
+
+def _make_rankings(run: Run) -> Path:
+    """Samples the policy and has the labeler rank: `stages/ranking`."""
+    ranking, began = run.cfg.rm.ranking, time.monotonic()
+    run.progress.note(
+        f"ranking: {ranking.responses} samples of {ranking.prompts} prompts, ranked by {ranking.labeler}, "
+        "a stated stand-in for a human labeler"
+    )
+    with run.directory.commit_stage("ranking") as output:
+        comparisons = asyncio.run(_rank(run))
+        if len(comparisons) < 2:
+            raise ConfigError(
+                f"the labeler {ranking.labeler} told the samples of {len(comparisons)} of {ranking.prompts} "
+                "prompts apart, 2 are needed; rank more prompts or lower rm.ranking.tie_margin"
+            )
+        pq.write_table(comparisons.table, output / COMPARISONS_FILE)
+    run.progress.note(f"ranking: {len(comparisons)} prompts with a winner, {time.monotonic() - began:.0f} s")
+    return run.directory.stages / "ranking"
 
 
 async def _rank(run: Run) -> Comparisons:
@@ -220,7 +228,11 @@ async def _rank(run: Run) -> Comparisons:
 
 
 def run_ppo(run: Run) -> None:
-    """Stage 3: checkpoints, and the comparison before/after on the held-out prompts."""
+    """Stage 3: checkpoints, and the comparison before/after on the held-out prompts, which is its last word."""
+    last = Checkpoints(run.directory.checkpoints).latest()
+    if (run.directory.path / COMPARISON_FILE).is_file() and last is not None and last.step == run.cfg.ppo.steps:
+        run.progress.note("ppo: finished before")
+        return
     asyncio.run(_run_ppo(run))
 
 
@@ -247,7 +259,7 @@ async def _run_ppo(run: Run) -> None:
         _compare(run, before, after)
         peaks = await opened.peak_memory()
         run.metrics.log(
-            "resources", cfg.ppo.steps, {f"memory_gb/{name.replace(' ', '_')}": b / 1e9 for name, b in peaks.items()}
+            ppo.STAGE, cfg.ppo.steps, {f"memory_gb/{name.replace(' ', '_')}": b / 1e9 for name, b in peaks.items()}
         )
 
 
@@ -295,9 +307,9 @@ async def _heldout(run: Run, opened: OpenRooms, when: str) -> HeldOut:
 def _compare(run: Run, before: HeldOut, after: HeldOut) -> None:
     name = run.cfg.evaluation.gold or "the reward model itself"
     comparison = compare_heldout(before, after, name)
-    (run.directory.path / COMPARISON_FILE).write_text(comparison.to_json())
     write_samples(run.directory.path / SAMPLES_FILE, samples(before, after, run.inputs.text))
     pq.write_table(after.table(), run.directory.path / "heldout_after.parquet")
+    replace_text(run.directory.path / COMPARISON_FILE, comparison.to_json(), "the comparison")
     run.progress.comparison(comparison)
 
 

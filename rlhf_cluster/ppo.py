@@ -14,10 +14,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rlhf_cluster.algo.kl import FixedKL
 from rlhf_cluster.config import PPOConfig
@@ -27,6 +27,8 @@ from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import MetricsLog
 from rlhf_cluster.telemetry.timer import Timer
+
+T = TypeVar("T")
 
 STAGE = "ppo"
 RUN_STATE = "run.json"
@@ -86,15 +88,16 @@ async def collect(rooms: Rooms, step: int, members: Members, timer: Timer) -> Sc
 async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, timer: Timer) -> ScoredRollouts:
     """Score and reference side by side, then the learner's own logprobs and values."""
 
-    async def timed(part: str, answer):  # type: ignore[no-untyped-def]
+    async def timed(part: str, ask: Callable[[Rollouts], Awaitable[T]]) -> T:
         with timer(part):
-            return await answer
+            return await ask(rollouts)
 
-    scores, ref = await asyncio.gather(
-        timed("reward", rooms.reward.score(rollouts)), timed("ref", rooms.reference.logprobs(rollouts))
-    )
-    scored = join(rollouts, scores, ref)
-    await timed("old_log_prob", rooms.learner.add(step, scored))
+    async with asyncio.TaskGroup() as side_by_side:
+        scores = side_by_side.create_task(timed("reward", rooms.reward.score))
+        ref = side_by_side.create_task(timed("ref", rooms.reference.logprobs))
+    scored = join(rollouts, scores.result(), ref.result())
+    with timer("old_log_prob"):
+        await rooms.learner.add(step, scored)
     return scored
 
 

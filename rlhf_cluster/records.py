@@ -46,9 +46,10 @@ class Column:
 
 
 def _read(column: pa.ChunkedArray) -> Any:
-    array = column.combine_chunks()
+    # Combining copies, even a single chunk.
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0)
+        array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
     if pa.types.is_list(array.type):
         return _views(array)
     if pa.types.is_string(array.type):

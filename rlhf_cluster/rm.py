@@ -30,6 +30,7 @@ from rlhf_cluster.records import Comparisons, Demonstrations
 STAGE = "rm"
 EVALUATION = "rm_evaluation.json"
 Report = Callable[[int, Mapping[str, float]], None]
+Ranking = tuple[np.ndarray, Sequence[np.ndarray], np.ndarray]  # prompt ids [P], K responses [R], ranks [K]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,6 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
             model.config, weights, load_tokenizer(job.policy_path, job.model.chat_template), job.output, dtype
         )
         (job.output / EVALUATION).write_text(json.dumps(asdict(evaluation)))
-        report(job.steps(), evaluation.metrics())
     ranks.gather(None)  # nobody ends before the result is written
 
 
@@ -129,38 +129,39 @@ def gradient(engine: TrainEngine, job: RMJob, prompts: np.ndarray) -> dict[str, 
         for one in losses:
             sums += torch.stack([one.loss.detach(), one.pairs, one.correct_pairs, one.margin_sum]).double().cpu()
     loss_sum, pairs, correct, margin = ranks.sum(sums).tolist()
+    pairs = max(pairs, 1.0)
     return {"rm/loss": loss_sum / len(prompts), "rm/accuracy": correct / pairs, "rm/margin": margin / pairs}
 
 
 def whole_prompts(
-    comparisons: Comparisons, prompts: Sequence[int], tokens_per_micro_batch: int
+    comparisons: Comparisons, prompts: Sequence[int] | np.ndarray, tokens_per_micro_batch: int
 ) -> Iterator[tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """Micro-batches that never part the responses of a prompt, each with (rows of its scores, their ranks) by
-    prompt."""
-    widths = {p: len(comparisons.prompt_ids[p]) + max(map(len, comparisons.responses[p])) for p in prompts}
-    pending: list[int] = []
-    for prompt in sorted(prompts, key=lambda p: -widths[p]):
-        rows = sum(len(comparisons.responses[p]) for p in [*pending, prompt])
-        if pending and rows * widths[pending[0]] > tokens_per_micro_batch:
-            yield _ranked_batch(comparisons, pending)
-            pending = []
-        pending.append(prompt)
+    """Micro-batches that never part a prompt's responses, each with (rows of its scores, their ranks) by prompt."""
+    own = comparisons.take(prompts)
+    rankings = list(zip(own.prompt_ids, own.responses, own.ranks, strict=True))
+    widths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in rankings]
+    pending: list[Ranking] = []
+    rows = widest = 0
+    for index in sorted(range(len(rankings)), key=lambda index: -widths[index]):
+        responses = len(rankings[index][1])
+        if pending and (rows + responses) * widest > tokens_per_micro_batch:
+            yield _ranked_batch(pending)
+            pending, rows = [], 0
+        widest = widths[index] if not pending else widest
+        pending.append(rankings[index])
+        rows += responses
     if pending:
-        yield _ranked_batch(comparisons, pending)
+        yield _ranked_batch(pending)
 
 
-def _ranked_batch(
-    comparisons: Comparisons, prompts: Sequence[int]
-) -> tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]:
-    responses = [response for p in prompts for response in comparisons.responses[p]]
-    repeated = [comparisons.prompt_ids[p] for p in prompts for _ in comparisons.responses[p]]
-    (batch,) = micro_batches(repeated, responses, singles(len(responses)), 1 << 60)
+def _ranked_batch(rankings: Sequence[Ranking]) -> tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]:
+    prompts = [prompt for prompt, responses, _ in rankings for _ in responses]
+    responses = [response for _, ranked, _ in rankings for response in ranked]
+    (batch,) = micro_batches(prompts, responses, singles(len(responses)), 1 << 60)
     place = np.argsort(batch.sequences)  # where a sequence stands in the batch, which is sorted by length
-    ends = np.cumsum([len(comparisons.responses[p]) for p in prompts])
-    rankings = [torch.tensor(comparisons.ranks[p].tolist(), device=_device()) for p in prompts]
-    starts = [0, *ends[:-1].tolist()]
-    rows = [torch.from_numpy(place[start:end]).to(_device()) for start, end in zip(starts, ends, strict=True)]
-    return batch, list(zip(rows, rankings, strict=True))
+    rows = np.split(place, np.cumsum([len(ranked) for _, ranked, _ in rankings])[:-1])
+    ranks = [torch.tensor(ranks.tolist(), device=_device()) for _, _, ranks in rankings]
+    return batch, list(zip([torch.from_numpy(r).to(_device()) for r in rows], ranks, strict=True))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ The fakes of `tests/loop` and the laws of `tests/contract` are imported by their
 
 from __future__ import annotations
 
+import gc
 import socket
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 
 for folder in ("loop", "contract"):
     sys.path.append(str(Path(__file__).parent / folder))
+
+
+def pytest_collection_finish() -> None:
+    """What torch, transformers and DeepSpeed have made by now stays: looking through it again at each full collection
+    takes a fifth of the time of the tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries count at exit what was never collected, and print it
 
 
 @pytest.fixture(scope="session")

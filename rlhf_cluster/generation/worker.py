@@ -11,7 +11,7 @@ from rlhf_cluster.config import GenerationConfig
 from rlhf_cluster.models.load import resolve_dtype
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.weights.plugin import BACKEND
-from rlhf_cluster.weights.snapshot import Snapshot
+from rlhf_cluster.weights.snapshot import Snapshot, check
 
 # vLLM is loaded where a worker starts: loading it takes a quarter of a minute, which the driver, who only names the
 # class, need not wait for.
@@ -130,6 +130,7 @@ class GenerationWorker:
 
         if await self.engine.get_weight_version() == str(snapshot.version):
             return
+        await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
         await self.engine.pause_generation(mode="keep", clear_cache=True)
         await self.engine.start_weight_update()
         await self.engine.update_weights(WeightTransferUpdateRequest(update_info=dataclasses.asdict(snapshot)))

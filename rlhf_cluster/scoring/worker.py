@@ -47,7 +47,7 @@ class RandomScorer:
         self._seed = seed
 
     def __call__(self, rollouts: Rollouts) -> np.ndarray:
-        seeds = [xxhash.xxh3_64_intdigest(sample_id, self._seed) for sample_id in rollouts.sample_id]
+        seeds = [xxhash.xxh3_64_intdigest(sample_id.encode(), self._seed) for sample_id in rollouts.sample_id]
         return np.array([np.random.default_rng(seed).standard_normal() for seed in seeds], np.float32)
 
 
@@ -68,4 +68,4 @@ class RewardWorker:
         bad = [i for i, ok in zip(rollouts.sample_id, np.isfinite(scores), strict=True) if not ok]
         if bad:
             raise ValueError(f"the reward gave no finite score for {len(bad)} of {len(scores)} samples, first {bad[0]}")
-        return Scores.of({"sample_id": rollouts.sample_id, "score": scores})
+        return Scores.of({"sample_id": rollouts.sample_id, "score": scores.tolist()})

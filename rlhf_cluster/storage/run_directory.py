@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import xxhash
+
 from rlhf_cluster.storage import durable
 from rlhf_cluster.storage.durable import StorageError
 from rlhf_cluster.storage.run_lock import RunLock
@@ -49,6 +51,10 @@ class RunLayout:
         """The output of a finished stage, or None when the stage has not finished."""
         output = durable.standing(self._stage(name))
         return output if output is not None and (output / DONE).is_file() else None
+
+    def unique_name(self, name: str) -> str:
+        """`name` with a digest of the path: two runs of one name on a machine share nothing that is named so."""
+        return f"{name}-{xxhash.xxh3_64_hexdigest(str(self.path.resolve()).encode())[:8]}"
 
     def attempts(self) -> list[int]:
         """Numbers of the attempts so far, ascending."""

@@ -32,6 +32,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 LOGGERS = ("transformers", "huggingface_hub", "vllm", "DeepSpeed", "ray", "ray.train", "ray.serve", "hydra", "torch")
+# DeepSpeed warns of this on every machine without a GPU, as it is imported: `doctor` says what a machine has.
+NO_GPU = "Setting accelerator to CPU"
 
 
 def quiet_libraries(level: int = logging.WARNING) -> None:
@@ -47,8 +49,13 @@ def quiet_libraries(level: int = logging.WARNING) -> None:
         os.environ.setdefault(variable, value)
     for logger in LOGGERS:
         logging.getLogger(logger).setLevel(level)
+    logging.getLogger("DeepSpeed").addFilter(_not_about_the_missing_gpu)
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.simplefilter("ignore", category)
+
+
+def _not_about_the_missing_gpu(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NO_GPU)
 
 
 def log_path(run_dir: Path, attempt: int, role: str, index: int | None = None) -> Path:

@@ -27,20 +27,26 @@ def short_dir() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def head() -> Iterator[Head]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where commands and jobs keep the models that they make."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def head(cache: str) -> Iterator[Head]:
     """A head node of 2 CPUs."""
     from ray_head import started_head
 
-    with started_head(num_cpus=2) as node:
+    with started_head(num_cpus=2, RLHF_CLUSTER_CACHE=cache) as node:
         yield node
 
 
 @pytest.fixture(scope="session")
-def user(tmp_path_factory: pytest.TempPathFactory, short_dir: Path) -> User:
+def user(cache: str, short_dir: Path) -> User:
     """The command line, with a model cache and Ray sessions of its own."""
     from as_user import User
 
-    return User({"RLHF_CLUSTER_CACHE": str(tmp_path_factory.mktemp("cache")), "RAY_TMPDIR": str(short_dir)})
+    return User({"RLHF_CLUSTER_CACHE": cache, "RAY_TMPDIR": str(short_dir)})
 
 
 @pytest.fixture(scope="module")

@@ -39,13 +39,15 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def started_head(num_cpus: int) -> Iterator[Head]:
-    """`ray start --head --block` in a session of its own, ended with all its processes."""
+def started_head(num_cpus: int, **given: str) -> Iterator[Head]:
+    """`ray start --head --block` in a session of its own, ended with all its processes; jobs see the variables
+    `given`."""
     gcs, dashboard, agent, metrics, client = free_ports(5)
     token = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temp_dir:  # Ray's socket paths must be short
         environment = {
             **os.environ,
+            **given,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": token,
             "OMP_NUM_THREADS": "1",

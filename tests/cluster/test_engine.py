@@ -166,7 +166,9 @@ def test_a_state_of_one_rank_opens_on_two(found: dict[int, Any], stage: int) -> 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_state_of_two_ranks_opens_on_one_at_stage_0(found: dict[int, Any], states: Path, one_rank: Ranks, stage: int) -> None:
+def test_a_state_of_two_ranks_opens_on_one_at_stage_0(
+    found: dict[int, Any], states: Path, one_rank: Ranks, stage: int
+) -> None:
     engine = start(0, "float32", one_rank)
     load_state({"net": engine}, states / f"2-{stage}-float32")
     assert engine.optimizer_steps == SAVED_AFTER

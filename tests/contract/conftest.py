@@ -72,6 +72,11 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_reward() -> RewardModel:
+    return OneReward(RewardWorker(RewardConfig(kind="random"), "", "float32", "eager", 0))
+
+
+@pytest.fixture(scope="session")
 def real_reward(reward_model: Path) -> RewardModel:
     return OneReward(RewardWorker(RewardConfig(tokens_per_micro_batch=40), str(reward_model), "float32", "eager", 0))
 

@@ -63,7 +63,7 @@ async def every_member_is_answered_once(generation: Generation, max_tokens: int)
     asked = members()
     found = await collected(generation, asked)
     assert found.sample_id == asked.sample_id
-    own = [name for name in asked.table.column_names]
+    own = asked.table.column_names
     assert found.table.select(own).equals(asked.table.select(own))  # also the row's own columns
     for ids, logprobs, reason in zip(found.response_ids, found.rollout_logprobs, found.finish_reason, strict=True):
         assert 1 <= len(ids) <= max_tokens and EOS not in ids[:-1]

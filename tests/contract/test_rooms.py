@@ -36,7 +36,7 @@ def fake_learner() -> Learner:
 
 
 generations = pytest.mark.parametrize("room", ["fake_generation"], indirect=True)
-rewards = pytest.mark.parametrize("room", ["fake_reward", "real_reward"], indirect=True)
+rewards = pytest.mark.parametrize("room", ["fake_reward", "random_reward", "real_reward"], indirect=True)
 references = pytest.mark.parametrize("room", ["fake_reference", "real_reference"], indirect=True)
 learners = pytest.mark.parametrize("room", ["fake_learner", "real_learner"], indirect=True)
 

@@ -214,4 +214,6 @@ class FakeRooms:
 
 
 def prompts(count: int = 12) -> Prompts:
-    return Prompts.of({"prompt_id": [f"p{i:02}" for i in range(count)], "prompt_ids": [[i, i + 1] for i in range(count)]})
+    return Prompts.of(
+        {"prompt_id": [f"p{i:02}" for i in range(count)], "prompt_ids": [[i, i + 1] for i in range(count)]}
+    )

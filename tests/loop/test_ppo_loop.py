@@ -85,9 +85,14 @@ def test_verbs_of_the_synchronous_loop_come_in_order(tmp_path: Path) -> None:
     log = run.fakes.events.log
     for step in range(STEPS):
         begin, update, publish, receive = (
-            log.index(event) for event in [("begin", step), ("update", step), ("publish", step + 1), ("receive", step + 1)]
+            log.index(event)
+            for event in [("begin", step), ("update", step), ("publish", step + 1), ("receive", step + 1)]
         )
-        inside = [place for place, event in enumerate(log) if event[0] in ("sample", "score", "ref", "add") and event[1] == step]
+        inside = [
+            place
+            for place, event in enumerate(log)
+            if event[0] in ("sample", "score", "ref", "add") and event[1] == step
+        ]
         assert begin < min(inside) and max(inside) < update < publish < receive
         assert len(inside) == 4 * BATCH // 2  # four verbs for each table of two rows
         if step:
@@ -111,7 +116,9 @@ def test_reward_and_reference_work_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 @pytest.mark.parametrize(("order", "chunk"), [(as_they_came, 1), (shuffled(0), 1), (shuffled(1), 3), (shuffled(2), 8)])
 def test_every_member_is_trained_exactly_once(tmp_path: Path, max_staleness: int, order: Any, chunk: int) -> None:
-    trained = RunOfLoop(tmp_path, FakeRooms(order=order, chunk=chunk))(max_staleness=max_staleness).fakes.learner.trained
+    trained = RunOfLoop(tmp_path, FakeRooms(order=order, chunk=chunk))(
+        max_staleness=max_staleness
+    ).fakes.learner.trained
     assert trained == {step: members(step) for step in range(STEPS)}
     assert set(Counter(sample for step in trained.values() for sample in step).values()) == {1}
 
@@ -127,7 +134,9 @@ def test_arrival_order_changes_no_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("generation", [1, 40])
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 9])
 def test_staleness_is_bounded_and_used(tmp_path: Path, max_staleness: int, generation: int) -> None:
-    learner = RunOfLoop(tmp_path, FakeRooms(ticks={"generation": generation}))(max_staleness=max_staleness).fakes.learner
+    learner = RunOfLoop(tmp_path, FakeRooms(ticks={"generation": generation}))(
+        max_staleness=max_staleness
+    ).fakes.learner
     assert learner.most_open == min(max_staleness + 1, STEPS)
     assert all(age <= max_staleness for age in learner.staleness.values())
     if generation == 1:  # batches that are sampled faster than trained on wait as long as they may
@@ -209,13 +218,17 @@ def test_checkpoints_every_so_often_and_at_the_end(tmp_path: Path, save_every: i
 def test_a_resumed_run_does_the_steps_that_were_left(tmp_path: Path, max_staleness: int) -> None:
     whole = RunOfLoop(tmp_path / "whole")(max_staleness=max_staleness)
     rest = RunOfLoop(tmp_path / "rest", FakeRooms(version=3))(start=3, max_staleness=max_staleness)
-    assert rest.fakes.events.of("begin", "update") == [
-        event for event in whole.fakes.events.of("begin", "update") if event[1] >= 3
-    ] or max_staleness  # with open batches ahead, `begin` of 3 and 4 come before `update` of 3
+    assert (
+        rest.fakes.events.of("begin", "update")
+        == [event for event in whole.fakes.events.of("begin", "update") if event[1] >= 3]
+        or max_staleness
+    )  # with open batches ahead, `begin` of 3 and 4 come before `update` of 3
     assert rest.fakes.learner.trained == {step: members(step) for step in (3, 4)}
     for step in (3, 4):
         same = ["sample_id", "response_ids", "seed"]
-        assert rest.rollouts.read(step).select(same).sort_by("sample_id") == whole.rollouts.read(step).select(same).sort_by("sample_id")
+        assert rest.rollouts.read(step).select(same).sort_by("sample_id") == whole.rollouts.read(step).select(
+            same
+        ).sort_by("sample_id")
     assert rest.fakes.learner.staleness[3] == 0
 
 
@@ -227,7 +240,9 @@ def test_a_run_that_is_done_starts_nothing(tmp_path: Path) -> None:
 
 def test_what_happened_is_written_down(tmp_path: Path) -> None:
     run = RunOfLoop(tmp_path)()
-    assert [(record.stage, record.step) for record in run.metrics] == [("ppo", version) for version in range(1, STEPS + 1)]
+    assert [(record.stage, record.step) for record in run.metrics] == [
+        ("ppo", version) for version in range(1, STEPS + 1)
+    ]
     assert run.rollouts.steps() == run.shown == list(range(STEPS))
     for step, record in enumerate(run.metrics):
         rows, found = ReferencedRollouts(run.rollouts.read(step)), record.metrics
@@ -240,3 +255,11 @@ def test_what_happened_is_written_down(tmp_path: Path) -> None:
     assert {f"timing_s/{part}" for part in parts} <= run.metrics[0].metrics.keys()
     assert "timing_s/save_checkpoint" in run.metrics[-1].metrics
     assert "timing_s/save_checkpoint" not in run.metrics[0].metrics
+
+
+@pytest.mark.parametrize("verb", ["score", "ref"])
+def test_a_slow_room_does_not_outlive_the_failure_of_another(tmp_path: Path, verb: str) -> None:
+    run = RunOfLoop(tmp_path, FakeRooms(Events(broken=(verb, 1)), ticks={"reward": 30, "reference": 30}))
+    with pytest.raises(BaseExceptionGroup):
+        run()
+    assert run.left == []

@@ -96,7 +96,7 @@ def test_an_unknown_stage_is_refused() -> None:
     ("change", "sentence"),
     [
         ("ppo.minibatch_size=100", r"ppo\.minibatch_size=100 does not divide ppo\.batch_size=512; use 64 or 128"),
-        ("ppo.minibatch_size=1024", r"ppo\.minibatch_size=1024 does not divide ppo\.batch_size=512; use 512 or 512"),
+        ("ppo.minibatch_size=1024", r"ppo\.minibatch_size=1024 does not divide ppo\.batch_size=512; use 512"),
         ("ppo.samples_per_prompt=3", r"ppo\.samples_per_prompt=3 does not divide ppo\.batch_size=512"),
         ("learner.resources.workers=3", r"learner\.resources\.workers=3 does not divide ppo\.minibatch_size=64"),
         ("generation.max_response_tokens=300", r"256 and .*300 make 556, more than model\.context=512; lower one"),
@@ -149,7 +149,11 @@ def test_ppo_alone_runs_on_a_random_reward(cfg: RunConfig) -> None:
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("ppo: {stepz: 3}", r"resolved\.yaml: ppo\.stepz: Key 'stepz' not in 'PPOConfig'"), ("[1]", r"resolved\.yaml: ")],
+    [
+        ("ppo: {stepz: 3}", r"resolved\.yaml: ppo\.stepz: Key 'stepz' not in 'PPOConfig'"),
+        ("[1]", r"resolved\.yaml: "),
+        ("ppo: [", r"resolved\.yaml: "),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "resolved.yaml").write_text(text)

@@ -109,8 +109,8 @@ def plain_loss(model: ScalarHeadModel, shown: Comparisons, prompts: list[int]) -
             (alone,) = micro_batches([shown.prompt_ids[p]], [response], singles(1), 1 << 20)
             scores.append(model(*alone.score_arguments())[0])
         ranks = shown.ranks[p]
-        pairs = [(w, l) for w in range(len(ranks)) for l in range(len(ranks)) if ranks[w] < ranks[l]]  # noqa: E741
-        losses.append(torch.stack([-logsigmoid(scores[w] - scores[l]) for w, l in pairs]).mean())
+        pairs = [(w, x) for w in range(len(ranks)) for x in range(len(ranks)) if ranks[w] < ranks[x]]
+        losses.append(torch.stack([-logsigmoid(scores[w] - scores[x]) for w, x in pairs]).mean())
     return torch.stack(losses).mean()
 
 
@@ -132,7 +132,7 @@ def test_batches_are_the_same_on_all_ranks_and_have_every_prompt_once(tmp_path: 
     first, again = ([batch.tolist() for batch in job(tmp_path, tmp_path).batches()] for _ in range(2))
     assert first == again
     assert [len(batch) for batch in first] == [3, 3, 1]
-    assert sorted(sum(first, [])) == list(range(7))
+    assert sorted(prompt for batch in first for prompt in batch) == list(range(7))
     assert job(tmp_path, tmp_path).steps() == 3
 
 
@@ -140,7 +140,7 @@ def test_training_leaves_a_centred_model_and_its_evaluation(tiny: Path, one_rank
     work = job(tiny, tmp_path / "reward_model")
     reports: list[tuple[int, dict[str, float]]] = []
     train(one_rank, work, lambda step, metrics: reports.append((step, dict(metrics))))
-    assert [step for step, _ in reports] == [0, 1, 2, 3]
+    assert [step for step, _ in reports] == [0, 1, 2]
     model = ScalarHeadModel.from_directory(work.output, torch.float32, "eager")
     (batch,) = micro_batches(DEMONSTRATIONS.prompt_ids, DEMONSTRATIONS.response_ids, singles(3), 1 << 20)
     with torch.no_grad():
@@ -150,4 +150,4 @@ def test_training_leaves_a_centred_model_and_its_evaluation(tiny: Path, one_rank
     kept, anew = read_evaluation(work.output), evaluate(engine, work)
     assert anew.margins == pytest.approx(kept.margins, abs=1e-5)
     assert (kept.prompts, kept.pairs) == (anew.prompts, anew.pairs) == (4, len(kept.margins))
-    assert reports[-1][1]["rm/heldout_accuracy"] == kept.accuracy
+    assert kept.metrics()["rm/heldout_accuracy"] == anew.accuracy

@@ -59,7 +59,9 @@ def test_batch_sizes_agree_as_deepspeed_demands(world: int) -> None:
 
 def known_names() -> set[str]:
     """Every top-level key that DeepSpeed's own source reads: constants of its config modules and literals."""
-    values = {value for module in (constants, deepspeed_config) for value in vars(module).values() if isinstance(value, str)}
+    values = {
+        value for module in (constants, deepspeed_config) for value in vars(module).values() if isinstance(value, str)
+    }
     return values | set(re.findall(r'["\']([a-z_0-9]+)["\']', inspect.getsource(deepspeed_config)))
 
 

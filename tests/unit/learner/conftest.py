@@ -62,7 +62,9 @@ def on_ranks() -> Callable[[int, Callable[[Ranks], Any]], list[Any]]:
 def row() -> Callable[..., EvaluatedRow]:
     """An evaluated row from lists; what is not said is 0."""
 
-    def make(sample_id: str, old: Sequence[float], ref: Sequence[float], values: Sequence[float], **said: Any) -> EvaluatedRow:
+    def make(
+        sample_id: str, old: Sequence[float], ref: Sequence[float], values: Sequence[float], **said: Any
+    ) -> EvaluatedRow:
         zeros = np.zeros(len(old), np.float32)
         fields: dict[str, Any] = {
             "prompt_ids": np.array([1, 2], np.int32),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +64,15 @@ def directory(request: pytest.FixtureRequest, directories: dict[str, Path]) -> P
     return directories[request.param]
 
 
+@cache
+def loaded(directory: Path, attention: str) -> PreTrainedModel:
+    return load_policy(directory, torch.float32, attention)
+
+
 @pytest.fixture(params=["eager", "sdpa"])
 def policy(request: pytest.FixtureRequest, directory: Path) -> PreTrainedModel:
-    return load_policy(directory, torch.float32, request.param)
+    """A copy that the test may change: reading the directory takes longer."""
+    return copy.deepcopy(loaded(directory, request.param))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,16 @@ def largest_difference(left: list[np.ndarray], right: list[np.ndarray]) -> float
     return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
+@cache
+def plain(directory: Path) -> PreTrainedModel:
+    """As transformers itself loads it."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
 @pytest.fixture
 def alone(directory: Path, ragged: tuple) -> list[np.ndarray]:
     """Logprobs by plain transformers: each sequence by itself, no padding, no positions given, whole logits."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    rows = []
+    model, rows = plain(directory), []
     for prompt, response in zip(*ragged, strict=True):
         ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
         with torch.no_grad():

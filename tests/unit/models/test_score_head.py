@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,14 @@ from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tiny import byte_tokenizer
 
 
+@cache
+def loaded(directory: Path, attention: str) -> ScalarHeadModel:
+    return ScalarHeadModel.from_policy(directory, torch.float32, attention, seed=3)
+
+
 @pytest.fixture(params=["eager", "sdpa"])
 def scorer(request: pytest.FixtureRequest, directory: Path) -> ScalarHeadModel:
-    model = ScalarHeadModel.from_policy(directory, torch.float32, request.param, seed=3)
+    model = copy.deepcopy(loaded(directory, request.param))
     with torch.no_grad():
         model.score.bias.fill_(0.5)
     return model

@@ -30,11 +30,11 @@ def test_conversion_answers_sensibly(converted: Path) -> None:
     """A mistake in any weight, the rotary order or the tokenizer would not leave this answer standing."""
     model, tokenizer = load_policy(converted, torch.float32, "eager"), load_tokenizer(converted)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
-    assert answer == "The capital of France is Paris.<|im_end|>"
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer = tokenizer("The capital of France is Paris.<|im_end|>").input_ids
+    with torch.no_grad():  # one forward over the answer says what greedy sampling would have picked, token by token
+        logits = model(torch.tensor([prompt + answer])).logits[0]
+    assert tokenizer.decode(logits[len(prompt) - 1 : -1].argmax(-1)) == "The capital of France is Paris.<|im_end|>"
 
 
 def test_conversion_is_bfloat16_tied_and_complete(converted: Path) -> None:
