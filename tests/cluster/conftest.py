@@ -73,7 +73,7 @@ def policy(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
         embedding *= 4.0
-        embedding[tokenizer.eos_token_id] *= 4.0
+        embedding[tokenizer.eos_token_id] *= 6.0
     save_policy(model.config, model.state_dict(), tokenizer, directory, torch.float32)
     return directory
 

@@ -192,7 +192,7 @@ def test_both_workers_of_each_pool_take_part(trained: Mapping[Any, Trained]) -> 
     rollouts = trained[GANGS[0]].rollouts[0]
     assert set(rollouts.incarnation) == {"generation-0.1", "generation-1.1"}
     assert set(rollouts.finish_reason) == {"stop", "length"}
-    assert len({len(ids) for ids in rollouts.response_ids}) > 2
+    assert len({len(ids) for ids in rollouts.response_ids}) > 1
 
 
 @pytest.mark.parametrize("gang", GANGS[1:])
