@@ -61,6 +61,11 @@ class Started:
         return self.process.stderr.read()
 
 
+def _heed_ctrl_c() -> None:
+    """A shell starts background jobs with SIGINT ignored, which would pass from the tests to their commands."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class User:
     """Types `rlhf-cluster ...`; `environment` is added to this process's own."""
 
@@ -81,6 +86,7 @@ class User:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=_heed_ctrl_c,
         )
         watchdog = threading.Timer(deadline_s, process.kill)
         watchdog.start()
