@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
+from rlhf_cluster.config import ConfigError
 from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
 from rlhf_cluster.models.tokenizer import context_length, load_tokenizer
 
@@ -17,6 +18,8 @@ def chat(policy: Path, max_tokens: int, temperature: float) -> None:
     model = load_policy(policy, resolve_dtype("auto"), resolve_attention("auto"))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     limit = context_length(policy) - max_tokens
+    if max_tokens < 1 or limit < 1:
+        raise ConfigError(f"--max-tokens {max_tokens}: it must be from 1 to below the context of {limit + max_tokens}")
     messages: list[dict[str, str]] = []
     print("an empty line ends the talk")
     while text := _asked():

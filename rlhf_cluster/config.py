@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,6 @@ class EngineConfig:
     zero_stage: int = 0  # 0..3; 0 with bfloat16 runs as 1, since DeepSpeed accumulates in bfloat16 there
     tokens_per_micro_batch: int = 4096  # memory limit per worker: padded tokens of one forward
     offload_optimizer: bool = False  # optimizer state in CPU memory (GPU runs)
-    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -424,6 +424,8 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("generation.max_num_seqs", cfg.generation.max_num_seqs),
         ("data.max_prompt_tokens", cfg.data.max_prompt_tokens),
         ("evaluation.samples_per_prompt", cfg.evaluation.samples_per_prompt),
+        ("rm.ranking.prompts", cfg.rm.ranking.prompts),
+        ("weights.keep", cfg.weights.keep),
     ):
         _require(value >= 1, f"{key}={value}: it must be at least 1")
     for key, share in (
@@ -450,6 +452,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
 
 
 def _validate_stages(cfg: RunConfig) -> None:
+    _require(re.fullmatch(r"[\w.-]+", cfg.name) is not None, f"name={cfg.name}: only letters, digits, ., _ and -")
     _require(bool(cfg.stages), "stages is empty; it must name at least one of sft, rm, ppo")
     order = [STAGES.index(stage) for stage in cfg.stages]
     _require(order == sorted(set(order)), f"stages={cfg.stages}: each at most once, in the order sft, rm, ppo")

@@ -63,7 +63,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                     batches.append(collecting.create_task(collect(rooms, ahead, members, log.timer)))
                 batch = await batches.popleft()
                 with log.timer("update"):
-                    stats = await rooms.learner.update(step, kl.coef)
+                    stats = await rooms.learner.update(step, coef := kl.coef)
                 with log.timer("update_weights"):
                     await rooms.learner.publish(stats.weight_version)
                     await rooms.generation.receive(stats.weight_version)
@@ -71,7 +71,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                 if is_checkpoint(step, cfg):
                     with log.timer("save_checkpoint"):
                         await save(rooms, stats.weight_version, log)
-            write_down(step, batch, stats, kl.coef, log)
+            write_down(step, batch, stats, coef, log)
 
 
 async def collect(rooms: Rooms, step: int, members: Members, timer: Timer) -> ScoredRollouts:

@@ -188,6 +188,8 @@ def score(
 def evaluate(engine: TrainEngine, job: RMJob) -> RMEvaluation:
     """Held-out accuracy and margins. A collective."""
     heldout = job.heldout
+    if not len(heldout):
+        return summarize([])
     responses = [response for ranked in heldout.responses for response in ranked]
     prompts = [heldout.prompt_ids[i] for i, ranked in enumerate(heldout.responses) for _ in ranked]
     scores = np.split(score(engine, job, prompts, responses), np.cumsum([len(r) for r in heldout.ranks])[:-1])

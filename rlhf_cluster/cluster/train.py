@@ -57,7 +57,7 @@ def train_on_ranks(
             "logs": str(logs),
             "threads": resources.threads,
         },
-        torch_config=TorchConfig(backend="nccl" if resources.num_gpus else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.num_gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.num_gpus > 0,

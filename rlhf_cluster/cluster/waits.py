@@ -33,7 +33,7 @@ class Call:
 
     def failed(self, error: BaseException, deadline_s: float) -> WorkerError:
         """The error to raise instead of Ray's."""
-        if isinstance(error, GetTimeoutError | asyncio.TimeoutError):
+        if isinstance(error, GetTimeoutError | asyncio.TimeoutError) and not isinstance(error, RayTaskError):
             return WorkerError(f"{self.worker} did not answer `{self.verb}` within {deadline_s:g} s{self._tail()}")
         if isinstance(error, RayActorError):
             return WorkerDied(f"{self.worker} died during `{self.verb}`{self._tail()}")

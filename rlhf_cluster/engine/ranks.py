@@ -37,15 +37,19 @@ class Ranks:
         return items
 
 
+def backend() -> str:
+    """gloo for tensors in host memory, which statistics are, and NCCL beside it where there are GPUs."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 def join_ranks(rank: int, world: int, master: str, port: int, timeout_s: float) -> Ranks:
     """Joins the gang's process group (gloo on CPU, NCCL on GPU); a collective that exceeds `timeout_s` fails the
     process."""
     os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["LOCAL_RANK"] = "0"  # Ray shows each worker its own device alone
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     _without_compiled_collective()
     deepspeed.init_distributed(
-        backend,
+        backend(),
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=timeout_s),
@@ -58,7 +62,7 @@ def join_ranks(rank: int, world: int, master: str, port: int, timeout_s: float) 
 def adopt_ranks() -> Ranks:
     """The place of a process whose group somebody else has made (Ray Train)."""
     _without_compiled_collective()
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(backend(), auto_mpi_discovery=False, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

@@ -152,8 +152,7 @@ class GenerationWorker:
 
 def _versions(completion: Any) -> list[int]:
     """One weight version per response token, from vLLM's contiguous spans."""
-    versions = [0] * len(completion.token_ids)
-    for span in completion.weight_versions:
-        for index in range(span.start, span.end):
-            versions[index] = int(span.version)
+    versions = [int(span.version) for span in completion.weight_versions for _ in range(span.start, span.end)]
+    if len(versions) != len(completion.token_ids):
+        raise RuntimeError(f"vLLM labelled {len(versions)} of {len(completion.token_ids)} tokens with a weight version")
     return versions

@@ -200,9 +200,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tokenizer.pad_token is None and tokenizer.chat_template is None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = GPT2Config(vocab_size=len(tokenizer), n_positions=320, n_embd=128, n_layer=2, n_head=4)
-        sizes.bos_token_id = sizes.eos_token_id = tokenizer.eos_token_id
-        GPT2LMHeadModel(sizes).save_pretrained(directory)
+        eos, sizes = tokenizer.eos_token_id, {"n_positions": 320, "n_embd": 128, "n_layer": 2, "n_head": 4}
+        config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **sizes)
+        GPT2LMHeadModel(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
