@@ -71,7 +71,7 @@ def started_head(num_cpus: int, **given: str) -> Iterator[Head]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=30)
+                process.wait(timeout=90)
             finally:
                 _end_session(process.pid)
 
