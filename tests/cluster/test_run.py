@@ -219,7 +219,7 @@ def test_a_gpt2_goes_through_the_three_stages(gpt2: Path, user: User, tmp_path: 
     require_clean(user, tmp_path / "run")
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_run_is_submitted_followed_asked_after_and_stopped(head: Head, user: User, tmp_path: Path) -> None:
     def job(verb: str, *arguments: str) -> Ended:
         return user.types(verb, *arguments, "--address", head.address, RAY_AUTH_TOKEN=head.token)
@@ -256,7 +256,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_full_disk_is_said_and_what_was_complete_stays(small_disk: Path, user: User) -> None:
     command = (*SMOKE, f"dir={small_disk / 'run'}")
     ended = user.types(*command)
