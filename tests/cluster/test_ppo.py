@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,9 +32,7 @@ from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, read_metrics
 from rlhf_cluster.telemetry.timer import Timeline, Timer
 
 STEPS = 3
-OPENED = (3, 2)  # ZeRO stage, ranks: the gang that is opened with the rooms
-OTHERS = [(0, 2), (0, 1), (2, 2)]
-GANGS = [OPENED, *OTHERS]
+GANGS = [(3, 2), (2, 2), (0, 2), (0, 1)]  # ZeRO stage, ranks; the first is opened with the rooms
 SAME = pytest.approx  # metrics of two gangs: float32, added up in another order
 STORY = (
     *("actor/pg_loss", "actor/grad_norm", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"),
@@ -55,9 +52,6 @@ class Trained:
     @property
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.directory / "checkpoints")
-
-
-Train = Callable[[int, int], Trained]
 
 
 @dataclass(frozen=True)
@@ -129,15 +123,17 @@ def scene(
         *("generation.resources.workers=2", "reward.resources.workers=2"),
     )
     logs, paths = tmp_path_factory.mktemp("logs"), PPOPaths(policy, policy, reward_model)
-    opening = open_rooms(with_gang(cfg, *OPENED), Attempt("test-ppo", 1, logs), paths)
+    opening = open_rooms(with_gang(cfg, *GANGS[0]), Attempt("test-ppo", 1, logs), paths)
     opened = runner.run(opening.__aenter__())
     yield Scene(cfg, load_inputs(cfg).prompts, paths, opened, logs)
     runner.run(opening.__aexit__(None, None, None))
 
 
 @pytest.fixture(scope="module")
-def trained(scene: Scene, runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """A gang's training, done when it is first asked for; generation goes back to version 0 by receiving it again."""
+def trained(
+    scene: Scene, runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[tuple[int, int], Trained]:
+    """Every gang trains from the same policy; generation goes back to it by receiving version 0 again."""
 
     async def with_another(stage: int, ranks: int) -> Trained:
         async with scene.gang(stage, ranks) as (rooms, learner):
@@ -145,70 +141,68 @@ def trained(scene: Scene, runner: asyncio.Runner, tmp_path_factory: pytest.TempP
             await rooms.generation.receive(0)
             return await scene.train(rooms, tmp_path_factory.mktemp(f"zero-{stage}-ranks-{ranks}"))
 
-    @functools.cache
-    def train(stage: int, ranks: int) -> Trained:
-        if (stage, ranks) == OPENED:
-            return runner.run(scene.train(scene.opened.rooms, tmp_path_factory.mktemp("opened")))
-        return runner.run(with_another(stage, ranks))
-
-    train(*OPENED)  # before any other, while generation still has the weights that it was started with
-    return train
+    first = runner.run(scene.train(scene.opened.rooms, tmp_path_factory.mktemp("first")))
+    return {GANGS[0]: first} | {gang: runner.run(with_another(*gang)) for gang in GANGS[1:]}
 
 
 @pytest.mark.parametrize("gang", GANGS)
-def test_the_first_minibatch_has_ratio_1_and_clips_nothing(trained: Train, gang: tuple[int, int]) -> None:
-    for metrics in trained(*gang).metrics.values():
+def test_the_first_minibatch_has_ratio_1_and_clips_nothing(
+    trained: Mapping[Any, Trained], gang: tuple[int, int]
+) -> None:
+    for metrics in trained[gang].metrics.values():
         assert metrics["actor/first_ratio_max"] == pytest.approx(1, abs=1e-5)
         assert metrics["actor/first_ratio_min"] == pytest.approx(1, abs=1e-5)
         assert metrics["actor/first_clipfrac"] == 0
 
 
 @pytest.mark.parametrize("gang", GANGS)
-def test_after_each_publish_vllm_samples_from_the_learner_s_weights(trained: Train, gang: tuple[int, int]) -> None:
+def test_after_each_publish_vllm_samples_from_the_learner_s_weights(
+    trained: Mapping[Any, Trained], gang: tuple[int, int]
+) -> None:
     """The policy has moved far beyond the tolerance, so that workers with an older version could not pass."""
-    for step, metrics in trained(*gang).metrics.items():
+    for step, metrics in trained[gang].metrics.items():
         assert metrics["rollout/logprob_diff_max"] < 1e-4
-        rollouts = trained(*gang).rollouts[step]
+        rollouts = trained[gang].rollouts[step]
         moved = np.abs(np.concatenate(rollouts.rollout_logprobs) - np.concatenate(rollouts.ref_logprobs)).max()
         assert moved < 1e-4 if step == 0 else moved > 1e-2
 
 
 @pytest.mark.parametrize("gang", GANGS)
-def test_every_token_bears_the_version_of_its_iteration(trained: Train, gang: tuple[int, int]) -> None:
-    for step, rollouts in trained(*gang).rollouts.items():
+def test_every_token_bears_the_version_of_its_iteration(trained: Mapping[Any, Trained], gang: tuple[int, int]) -> None:
+    for step, rollouts in trained[gang].rollouts.items():
         assert set(np.concatenate(rollouts.weight_versions).tolist()) == {step}
-        assert trained(*gang).metrics[step]["rollout/staleness"] == 0
-        assert trained(*gang).metrics[step]["sync/version"] == step + 1
+        assert trained[gang].metrics[step]["rollout/staleness"] == 0
+        assert trained[gang].metrics[step]["sync/version"] == step + 1
 
 
 @pytest.mark.parametrize("gang", GANGS)
-def test_every_member_is_trained_on_once(scene: Scene, trained: Train, gang: tuple[int, int]) -> None:
+def test_every_member_is_trained_on_once(scene: Scene, trained: Mapping[Any, Trained], gang: tuple[int, int]) -> None:
     """The learner's own sums over its ranks speak of the same rows as the log."""
     order, ppo_cfg = PromptOrder(scene.prompts, scene.cfg.seed), scene.cfg.ppo
-    for step, rollouts in trained(*gang).rollouts.items():
+    for step, rollouts in trained[gang].rollouts.items():
         members = order.members(step, ppo_cfg.batch_size, ppo_cfg.samples_per_prompt)
         assert sorted(rollouts.sample_id) == sorted(members.sample_id)
-        metrics, lengths = trained(*gang).metrics[step], [len(ids) for ids in rollouts.response_ids]
+        metrics, lengths = trained[gang].metrics[step], [len(ids) for ids in rollouts.response_ids]
         assert metrics["response_length/mean"] == pytest.approx(np.mean(lengths))
         assert metrics["objective/scores"] == pytest.approx(rollouts.score.mean(), abs=1e-6)
 
 
-def test_both_workers_of_each_pool_take_part(trained: Train) -> None:
+def test_both_workers_of_each_pool_take_part(trained: Mapping[Any, Trained]) -> None:
     """And responses end early or at the limit, so that what all the others say holds for ragged batches."""
-    rollouts = trained(*OPENED).rollouts[0]
+    rollouts = trained[GANGS[0]].rollouts[0]
     assert set(rollouts.incarnation) == {"generation-0.1", "generation-1.1"}
     assert set(rollouts.finish_reason) == {"stop", "length"}
     assert len({len(ids) for ids in rollouts.response_ids}) > 1
 
 
-@pytest.mark.parametrize("gang", OTHERS)
-def test_zero_stages_and_numbers_of_ranks_agree(trained: Train, gang: tuple[int, int]) -> None:
-    first = trained(*OPENED)
-    assert sorted(first.metrics) == sorted(trained(*gang).metrics) == list(range(STEPS))
+@pytest.mark.parametrize("gang", GANGS[1:])
+def test_zero_stages_and_numbers_of_ranks_agree(trained: Mapping[Any, Trained], gang: tuple[int, int]) -> None:
+    first = trained[GANGS[0]]
+    assert sorted(first.metrics) == sorted(trained[gang].metrics) == list(range(STEPS))
     for step in range(STEPS):
-        mine, theirs = trained(*gang).metrics[step], first.metrics[step]
+        mine, theirs = trained[gang].metrics[step], first.metrics[step]
         assert {name: mine[name] for name in STORY} == SAME({name: theirs[name] for name in STORY}, rel=1e-4, abs=1e-4)
-    assert distance(trained(*gang), first) < 1e-4
+    assert distance(trained[gang], first) < 1e-4
 
 
 def distance(some: Trained, other: Trained) -> float:
@@ -225,9 +219,9 @@ def distance(some: Trained, other: Trained) -> float:
 
 
 def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_with_one_rank_at_stage_0(
-    scene: Scene, trained: Train, runner: asyncio.Runner, tmp_path: Path
+    scene: Scene, trained: Mapping[Any, Trained], runner: asyncio.Runner, tmp_path: Path
 ) -> None:
-    whole = trained(3, 2)
+    whole = trained[(3, 2)]
     checkpoint = whole.checkpoints.directory / "step-1"
 
     async def resumed() -> Trained:
