@@ -4,7 +4,6 @@ sentence and an exit code: 0 done, 1 failed, 2 refused before anything started, 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -134,9 +133,7 @@ def submit(args: argparse.Namespace) -> int:
     from rlhf_cluster.cluster import jobs
     from rlhf_cluster.telemetry.quiet import quiet_libraries
 
-    quiet_libraries()  # after the import, with which Ray sets its logger to INFO
-    for client in ("dashboard_sdk", "job.sdk"):  # these set their own level
-        logging.getLogger(f"ray.dashboard.modules.{client}").setLevel(logging.WARNING)
+    quiet_libraries()  # after the import, with which Ray sets its loggers to INFO
     job_id = jobs.submit(to_yaml(for_cluster(config_of(args))), args.address, args.id)
     print(f"submitted {job_id}")
     return 0 if args.detach else jobs.follow(job_id, args.address)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -409,7 +410,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
         _require(0 <= engine.zero_stage <= 3, f"{name}.engine.zero_stage={engine.zero_stage}: it must be 0, 1, 2 or 3")
     for name, optimizer in _optimizers(cfg):
         _require(optimizer.lr > 0, f"{name}.lr={optimizer.lr}: it must be above 0")
-    for key, value in (
+    at_least_1 = (
         ("model.context", cfg.model.context),
         ("sft.epochs", cfg.sft.epochs),
         ("sft.batch_size", cfg.sft.batch_size),
@@ -426,16 +427,14 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("evaluation.samples_per_prompt", cfg.evaluation.samples_per_prompt),
         ("rm.ranking.prompts", cfg.rm.ranking.prompts),
         ("weights.keep", cfg.weights.keep),
-    ):
-        _require(value >= 1, f"{key}={value}: it must be at least 1")
-    for key, share in (
+    )
+    shares = (
         ("data.heldout_fraction", cfg.data.heldout_fraction),
         ("ppo.advantage.gamma", cfg.ppo.advantage.gamma),
         ("ppo.advantage.lam", cfg.ppo.advantage.lam),
         *((f"{name}.betas", beta) for name, optimizer in _optimizers(cfg) for beta in optimizer.betas),
-    ):
-        _require(0 <= share <= 1, f"{key}={share}: it must be between 0 and 1")
-    for key, number in (
+    )
+    not_negative = (
         ("ppo.kl.coef", cfg.ppo.kl.coef),
         ("ppo.clip", cfg.ppo.clip),
         ("ppo.value_clip", cfg.ppo.value_clip),
@@ -443,8 +442,14 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
         ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
         ("rm.layers", cfg.rm.layers),
+    )
+    for numbers, low, high, words in (
+        (at_least_1, 1, math.inf, "be at least 1"),
+        (shares, 0, 1, "be between 0 and 1"),
+        (not_negative, 0, math.inf, "not be negative"),
     ):
-        _require(number >= 0, f"{key}={number}: it must not be negative")
+        for key, number in numbers:
+            _require(low <= number <= high, f"{key}={number}: it must {words}")
     for name, optimizer in _optimizers(cfg):
         _require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
     _require(cfg.generation.temperature > 0, f"generation.temperature={cfg.generation.temperature}: it must be above 0")

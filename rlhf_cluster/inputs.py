@@ -1,6 +1,5 @@
-"""What a run starts from: the base model's directory, its tokenizer, and the data as records. All of it is checked
-here,
-before any worker starts."""
+"""What a run starts from: the base model's directory, its tokenizer, and the data as records. All of it is
+checked here, before any worker starts."""
 
 from __future__ import annotations
 

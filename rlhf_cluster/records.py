@@ -42,14 +42,14 @@ class Column:
     def __get__(self, record: Record | None, owner: type) -> Any:
         if record is None:
             return self
-        return _read(record.table.column(self.name))
+        # Read once: kept under the column's own name, which then stands before this descriptor. Tables do not change.
+        value = vars(record)[self.name] = _read(record.table.column(self.name))
+        return value
 
 
 def _read(column: pa.ChunkedArray) -> Any:
     # Combining copies, even a single chunk.
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
     if pa.types.is_list(array.type):
         return _views(array)
     if pa.types.is_string(array.type):
@@ -97,6 +97,10 @@ class Record:
             lengths, expected = pc.list_value_length(values), pc.list_value_length(self.table.column("response_ids"))
             if not lengths.equals(expected):
                 raise RecordError(f"{kind}.{name} does not have one entry for each response token")
+
+    def __getstate__(self) -> dict[str, pa.Table]:
+        """The table alone travels, not the columns read from it."""
+        return {"table": self.table}
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -1,8 +1,7 @@
 """Stage 1: supervised fine-tuning on demonstrations (InstructGPT section 3.5, C.1).
 
 The loss is on response tokens only, with EOS as a label; a cosine schedule down to a tenth; several demonstrations
-share
-a row, kept apart by their positions. Every rank runs `train`; Ray Train starts them, DeepSpeed is the engine.
+share a row, kept apart by their positions. Every rank runs `train`; Ray Train starts them, DeepSpeed is the engine.
 """
 
 from __future__ import annotations

@@ -31,7 +31,11 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_TQDM": "0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-LOGGERS = ("transformers", "huggingface_hub", "vllm", "DeepSpeed", "ray", "ray.train", "ray.serve", "hydra", "torch")
+LOGGERS = (
+    *("transformers", "huggingface_hub", "vllm", "DeepSpeed", "hydra", "torch"),
+    # Those of Ray's that set a level of their own.
+    *("ray", "ray.train", "ray.serve", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
+)
 # DeepSpeed warns of this on every machine without a GPU, as it is imported: `doctor` says what a machine has.
 NO_GPU = "Setting accelerator to CPU"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,13 @@ def test_join_refuses_answers_about_other_samples(rollouts: Rollouts, answered: 
 def test_parquet_gives_the_record_back(rollouts: Rollouts, tmp_path: Path) -> None:
     pq.write_table(rollouts.table, tmp_path / "rollouts.parquet")
     assert Rollouts(pq.read_table(tmp_path / "rollouts.parquet")).table.equals(rollouts.table)
+
+
+def test_a_column_is_read_once_and_only_the_table_travels() -> None:
+    prompts = Prompts.of({"prompt_id": ["a", "b"], "prompt_ids": [[1, 2], [3]]})
+    untouched = len(pickle.dumps(prompts))
+    assert prompts.prompt_ids is prompts.prompt_ids and prompts.prompt_id is prompts.prompt_id
+    assert len(pickle.dumps(prompts)) == untouched
+    again = pickle.loads(pickle.dumps(prompts))
+    assert vars(again).keys() == {"table"} and again.prompt_id == ["a", "b"]
+    assert [ids.tolist() for ids in again.prompt_ids] == [[1, 2], [3]]
