@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import resource
@@ -65,7 +64,7 @@ PARTS = {  # what is shown -> the loop's own timer
     "learner update": "timing_s/update",
     "publish": "timing_s/update_weights",
 }
-STEP, CHECKPOINT = "timing_s/step", "timing_s/save_checkpoint"
+STEP = "timing_s/step"
 
 
 def arguments() -> argparse.Namespace:
@@ -138,7 +137,7 @@ class Iterations:
     def write(self, record: MetricsRecord) -> None:
         found = {name: value for name, value in record.metrics.items() if value is not None}
         self.records.append(found)
-        print(f"iteration {record.step}: {found[STEP] - found.get(CHECKPOINT, 0.0):.2f} s", file=self._terminal)
+        print(f"iteration {record.step}: {found[STEP]:.2f} s", file=self._terminal)
 
     def cut(self, stage: str, after_step: int) -> None:
         raise RuntimeError(f"a benchmark is never resumed, but {stage} was to be cut after {after_step}")
@@ -187,7 +186,7 @@ def spread(seconds: Sequence[float]) -> dict[str, Any]:
 def figures(records: Sequence[Mapping[str, float]], sequences: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
     """Seconds by part over the measured iterations, and tokens/s of their medians."""
     seconds = {part: spread([record[name] for record in records]) for part, name in PARTS.items()}
-    seconds["whole step"] = spread([record[STEP] - record.get(CHECKPOINT, 0.0) for record in records])
+    seconds["whole step"] = spread([record[STEP] for record in records])
     generated, trained = len(sequences) * tokens, sum(map(len, sequences))
     return {
         "seconds": seconds,
@@ -197,7 +196,6 @@ def figures(records: Sequence[Mapping[str, float]], sequences: Sequence[Sequence
             "generated / whole step": generated / seconds["whole step"]["median"],
             "trained / whole step": trained / seconds["whole step"]["median"],
         },
-        "checkpoint_seconds": records[-1].get(CHECKPOINT, math.nan),
     }
 
 
@@ -230,7 +228,7 @@ def show(result: Mapping[str, Any]) -> None:
     console.print(table)
     console.print(result["workload"], soft_wrap=True)
     console.print(
-        "Parts overlap, so they need not add up to the step, which is without the checkpoint at the end. Trained "
+        "Parts overlap, so they need not add up to the step. Trained "
         "tokens are those of prompts and responses. Peak memory counts shared pages in every process that maps them.",
         soft_wrap=True,
     )

@@ -146,9 +146,15 @@ def for_cluster(cfg: RunConfig) -> RunConfig:
         cfg.cluster.address = "auto"
     if not cfg.dir:
         raise ConfigError("dir is empty; a submitted run needs dir=/an/absolute/path on storage that its nodes share")
-    must = {"dir": cfg.dir} | {
-        f"data.{name}": getattr(cfg.data, name) for name in ("path", "prompts", "demonstrations", "comparisons")
+    must = {
+        "dir": cfg.dir,
+        "policy_path": cfg.policy_path,
+        "reward.path": cfg.reward.path,
+        "reference.path": cfg.reference.path,
+        **{f"data.{name}": getattr(cfg.data, name) for name in ("path", "prompts", "demonstrations", "comparisons")},
     }
+    if Path(cfg.model.path).is_dir():  # not a hub id
+        must["model.path"] = cfg.model.path
     for key, path in must.items():
         if path and not Path(path).is_absolute():
             raise ConfigError(f"{key}={path} is a relative path; a submitted run needs an absolute one")

@@ -162,6 +162,7 @@ class PPOConfig:
     score_clip: float = 0.0  # scores are clipped to +-this; 0: not clipped
     max_staleness: int = 0  # versions that a batch may be behind when the learner uses it
     save_every: int = 0  # checkpoint every so many steps; 0: only at the end
+    keep_checkpoints: int = 0  # newest checkpoints that stay; 0: all
     kl: KLConfig = field(default_factory=KLConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
 
@@ -214,7 +215,7 @@ class LearnerConfig:
 class WeightsConfig:
     """How published weights reach the generation workers."""
 
-    transport: str = "shm"  # shared memory on each node, fetched once per node from the store
+    transport: str = "shm"  # shared memory of the learner's node; workers on other nodes fetch from there
     keep: int = 2  # versions kept in the store
 
 
@@ -306,6 +307,26 @@ def load_file(path: Path) -> RunConfig:
 
 def to_yaml(cfg: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
+    """`key=value` of every key of `cfg` that makes it another run than `before`.
+
+    Where a run lies, how it is shown, and on how much it computes may change when it goes on: a training state opens on
+    any number of workers.
+    """
+    may_change = re.compile(r"dir|resume|ppo\.(save_every|keep_checkpoints)|(logging|cluster)\..*|.*\.resources\..*")
+    old = dict(_leaves(before))
+    return [f"{key}={value}" for key, value in _leaves(cfg) if value != old[key] and not may_change.fullmatch(key)]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
 
 
 def _choices(group: str) -> list[str]:
@@ -406,6 +427,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
     for name, resources in roles(cfg).items():
         _require(resources.workers >= 1, f"{name}.resources.workers={resources.workers}: at least 1 is needed")
         _require(resources.threads >= 1, f"{name}.resources.threads={resources.threads}: at least 1 is needed")
+        _require(resources.num_cpus > 0, f"{name}.resources.num_cpus={resources.num_cpus}: it must be above 0, as 0.01")
     for name, engine in (("sft", cfg.sft.engine), ("rm", cfg.rm.engine), ("learner", cfg.learner.engine)):
         _require(0 <= engine.zero_stage <= 3, f"{name}.engine.zero_stage={engine.zero_stage}: it must be 0, 1, 2 or 3")
     for name, optimizer in _optimizers(cfg):
@@ -442,6 +464,8 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
         ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
         ("rm.layers", cfg.rm.layers),
+        ("ppo.save_every", cfg.ppo.save_every),
+        ("ppo.keep_checkpoints", cfg.ppo.keep_checkpoints),
     )
     for numbers, low, high, words in (
         (at_least_1, 1, math.inf, "be at least 1"),

@@ -13,6 +13,8 @@ from rlhf_cluster.data.sources import load_corpus
 from rlhf_cluster.data.split import Corpus
 from rlhf_cluster.data.tokenize import encode_comparisons, encode_demonstrations, encode_prompts
 from rlhf_cluster.models.build import prepare_model
+from rlhf_cluster.models.load import load_config
+from rlhf_cluster.models.score_head import check_scalar_head
 from rlhf_cluster.models.tokenizer import context_length, load_tokenizer
 from rlhf_cluster.records import Comparisons, Demonstrations, Prompts
 
@@ -43,6 +45,7 @@ def load_inputs(cfg: RunConfig) -> Inputs:
         raise ConfigError(
             f"model.context={cfg.model.context} is beyond the model's own context of {limit} tokens; lower it"
         )
+    _require_models(cfg, base_path)
     tokenizer = load_tokenizer(base_path, cfg.model.chat_template)
     inputs = encode(load_corpus(cfg.data, cfg.seed), cfg, base_path, tokenizer)
     _require_data(cfg, inputs)
@@ -69,6 +72,25 @@ def encode(corpus: Corpus, cfg: RunConfig, base_path: Path, tokenizer: Any) -> I
         heldout_comparisons.record,
         dict(dropped),
     )
+
+
+def _require_models(cfg: RunConfig, base_path: Path) -> None:
+    """The models that PPO is told to use are there, and speak the policy's tokens."""
+    if "ppo" not in cfg.stages:
+        return
+    given = {}
+    if cfg.reward.path and cfg.reward.kind == "model":
+        given["reward.path"] = Path(cfg.reward.path)
+        check_scalar_head(given["reward.path"])
+    if cfg.reference.path and cfg.ppo.kl.kind != "none":
+        given["reference.path"] = Path(cfg.reference.path)
+    vocabulary = load_config(base_path).vocab_size
+    for key, path in given.items():
+        found = load_config(path).vocab_size
+        if found != vocabulary:
+            raise ConfigError(
+                f"{key}={path} is a model of {found} tokens, the policy's has {vocabulary}; use one with its tokenizer"
+            )
 
 
 def _require_data(cfg: RunConfig, inputs: Inputs) -> None:

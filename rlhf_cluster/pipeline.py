@@ -19,7 +19,7 @@ from rlhf_cluster import ppo, rm, sft
 from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOPaths, open_generation, open_rooms
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.cluster.train import train_on_ranks
-from rlhf_cluster.config import ConfigError, Resources, RunConfig, to_yaml
+from rlhf_cluster.config import ConfigError, Resources, RunConfig, differences, load_file, to_yaml
 from rlhf_cluster.data.batches import PromptOrder, heldout_members
 from rlhf_cluster.data.labelers import make_labeler
 from rlhf_cluster.environment import describe_environment
@@ -98,12 +98,9 @@ def _refuse_another_run(directory: RunDirectory, cfg: RunConfig) -> None:
         return
     if cfg.resume == "never":
         raise ConfigError(f"{directory.path} holds a run already and resume=never; choose another dir")
-    before, resolved = directory.resolved_config.read_text(), to_yaml(cfg)
-    if before != resolved:
-        new, old = resolved.splitlines(), before.splitlines()
-        differing = [line.strip() for line in new if line not in old][:3]
+    if differing := differences(cfg, load_file(directory.resolved_config)):
         raise ConfigError(
-            f"{directory.path} holds a run with another config (here: {'; '.join(differing) or 'fewer keys'}); "
+            f"{directory.path} holds a run with another config (here: {', '.join(differing)}); "
             "choose another dir, or give the same overrides to continue it"
         )
 
@@ -237,7 +234,7 @@ def run_ppo(run: Run) -> None:
 
 
 async def _run_ppo(run: Run) -> None:
-    cfg, checkpoints = run.cfg, Checkpoints(run.directory.checkpoints)
+    cfg, checkpoints = run.cfg, Checkpoints(run.directory.checkpoints, run.cfg.ppo.keep_checkpoints)
     checkpoints.sweep()
     trained = run.output(rm.STAGE)
     reward_model = Path(cfg.reward.path) if cfg.reward.path else trained / "reward_model" if trained else None
@@ -258,9 +255,8 @@ async def _run_ppo(run: Run) -> None:
         after = await _heldout(run, opened, "after")
         _compare(run, before, after)
         peaks = await opened.peak_memory()
-        run.metrics.log(
-            ppo.STAGE, cfg.ppo.steps, {f"memory_gb/{name.replace(' ', '_')}": b / 1e9 for name, b in peaks.items()}
-        )
+        memory = {f"memory_gb/{name.replace(' ', '_')}": peak / 1e9 for name, peak in peaks.items()}
+        run.metrics.log(ppo.STAGE, cfg.ppo.steps, memory | log.timer.take())  # with the last checkpoint's seconds
 
 
 async def _resume(run: Run, opened: OpenRooms, checkpoints: Checkpoints) -> int:

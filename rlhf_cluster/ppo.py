@@ -68,10 +68,10 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                     await rooms.learner.publish(stats.weight_version)
                     await rooms.generation.receive(stats.weight_version)
                 kl.update(stats.metrics["objective/kl"], len(batch))
-                if is_checkpoint(step, cfg):
-                    with log.timer("save_checkpoint"):
-                        await save(rooms, stats.weight_version, log)
-            write_down(step, batch, stats, coef, log)
+            write_down(step, batch, stats, coef, log)  # first: what a checkpoint has behind it is on record
+            if is_checkpoint(step, cfg):
+                with log.timer("save_checkpoint"):
+                    await save(rooms, stats.weight_version, log)
 
 
 async def collect(rooms: Rooms, step: int, members: Members, timer: Timer) -> ScoredRollouts:
@@ -119,7 +119,8 @@ def resume_step(checkpoint: Path) -> int:
 
 
 def write_down(step: int, batch: ScoredRollouts, stats: UpdateStats, kl_coef: float, log: Log) -> None:
-    """Rollouts, metrics and now and then a sample, once the iteration is done."""
+    """Rollouts, metrics and now and then a sample, once the iteration is done. The seconds of its checkpoint, which
+    comes after, stand in the next record."""
     seconds = log.timer.take()
     tokens = sum(map(len, batch.response_ids)) + sum(map(len, batch.prompt_ids))
     log.rollouts.write(step, batch.table)

@@ -91,7 +91,7 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
     """One rank's run; rank 0 reports each step and leaves the model and its held-out evaluation at `job.output`."""
     torch.manual_seed(job.seed)
     dtype, attention = resolve_dtype(job.model.dtype), resolve_attention(job.model.attention)
-    model = ScalarHeadModel.from_policy(job.policy_path, dtype, attention, job.seed, job.cfg.layers)
+    model = ScalarHeadModel.from_policy(job.policy_path, None, attention, job.seed, job.cfg.layers)
     engine = TrainEngine(model, job.cfg.engine, job.cfg.optimizer, dtype, ranks)
     for step, prompts in enumerate(job.batches()):
         began = time.perf_counter()
@@ -103,12 +103,11 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
     evaluation = evaluate(engine, job)
     shown = job.demonstrations
     centre = float(np.mean(score(engine, job, list(shown.prompt_ids), list(shown.response_ids)))) if len(shown) else 0.0
-    weights = {name: tensor.cpu() for name, tensor in engine.full_parameters()}
+    weights = engine.masters_on_rank_0()
     if ranks.rank == 0:
-        weights["score.bias"] = weights["score.bias"].float() - centre
-        save_scalar_head_model(
-            model.config, weights, load_tokenizer(job.policy_path, job.model.chat_template), job.output, dtype
-        )
+        weights["score.bias"] = weights["score.bias"] - centre
+        tokenizer = load_tokenizer(job.policy_path, job.model.chat_template)
+        save_scalar_head_model(model.config, weights, tokenizer, job.output, torch.float32)
         (job.output / EVALUATION).write_text(json.dumps(asdict(evaluation)))
     ranks.gather(None)  # nobody ends before the result is written
 

@@ -63,10 +63,11 @@ class SFTJob:
 
 
 def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
-    """One rank's run; rank 0 reports each step and leaves a plain Hugging Face directory at `job.output`."""
+    """One rank's run; rank 0 reports each step and leaves a plain Hugging Face directory at `job.output`, in float32:
+    the next stage's masters."""
     torch.manual_seed(job.seed)
     dtype = resolve_dtype(job.model.dtype)
-    policy = load_policy(job.base_path, dtype, resolve_attention(job.model.attention))
+    policy = load_policy(job.base_path, None, resolve_attention(job.model.attention))
     engine = TrainEngine(PolicyModule(policy, logprobs_from_logits), job.cfg.engine, job.cfg.optimizer, dtype, ranks)
     for step, rows in enumerate(job.batches()):
         began = time.perf_counter()
@@ -77,10 +78,10 @@ def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
             seconds = time.perf_counter() - began
             metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/lr": rate}
             report(step, {**metrics, "timing_s/step": seconds, "perf/throughput": tokens / seconds})
-    weights = {name.removeprefix("model."): tensor.cpu() for name, tensor in engine.full_parameters()}
+    weights = PolicyModule.hf_names(engine.masters_on_rank_0())
     if ranks.rank == 0:
         tokenizer = load_tokenizer(job.base_path, job.model.chat_template)
-        save_policy(policy.config, weights, tokenizer, job.output, dtype)
+        save_policy(policy.config, weights, tokenizer, job.output, torch.float32)
     ranks.gather(None)  # nobody ends before the result is written
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from rlhf_cluster.weights.snapshot import Snapshot, store_directory
 class GenerationHost(Hosted, GenerationWorker):
     """A generation worker that fetches a snapshot from the store where its node does not have it."""
 
+    _fetched: Path | None = None
+
     async def receive_from(self, store: Any, snapshot: Snapshot, node: str, run: str, attempt: int) -> None:
         if ray.get_runtime_context().get_node_id() != node:
-            snapshot = await self._fetch(store, snapshot, store_directory(f"{run}-{os.getpid()}", attempt))
+            self._fetched = store_directory(f"{run}-{os.getpid()}", attempt)
+            snapshot = await self._fetch(store, snapshot, self._fetched)
         await self.receive(snapshot)
 
     async def _fetch(self, store: Any, snapshot: Snapshot, directory: Path) -> Snapshot:
@@ -32,3 +36,8 @@ class GenerationHost(Hosted, GenerationWorker):
                 file.write(chunk)
                 index += 1
         return Snapshot(snapshot.version, str(path), snapshot.bytes, snapshot.digest)
+
+    def stop(self) -> None:
+        super().stop()
+        if self._fetched is not None:
+            shutil.rmtree(self._fetched, ignore_errors=True)

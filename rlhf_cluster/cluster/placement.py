@@ -87,8 +87,9 @@ class Starter:
             hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
         return hosts, [self._answer(host, "start", host.actor.start.remote(version)) for host in hosts]
 
-    async def start_learner(self, paths: PPOPaths) -> list[Host]:
-        """All ranks in one placement group: they start together or not at all."""
+    async def start_learner(self, paths: PPOPaths) -> tuple[list[Host], WeightChannel]:
+        """All ranks in one placement group, so that they start together or not at all, and the weight store beside
+        rank 0."""
         cfg, resources = self.cfg, self.cfg.learner.resources
         bundle = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": float(resources.memory)}
         group = placement_group([{k: v for k, v in bundle.items() if v}] * resources.workers, strategy="PACK")
@@ -101,17 +102,17 @@ class Starter:
         ]
         endpoint = await self._answer(hosts[0], "endpoint", hosts[0].actor.endpoint.remote())
         starting = (len(hosts), endpoint, cfg.cluster.call_timeout_s, paths.policy, paths.reward_model)
-        await asyncio.gather(
-            *(self._answer(host, "start", host.actor.start.remote(rank, *starting)) for rank, host in enumerate(hosts))
+        channel, *_ = await asyncio.gather(
+            self.open_channel(group),
+            *(self._answer(host, "start", host.actor.start.remote(rank, *starting)) for rank, host in enumerate(hosts)),
         )
-        return hosts
+        return hosts, channel
 
-    async def open_channel(self) -> WeightChannel:
-        """The weight store, on the learner's node, in shared memory named after the attempt."""
+    async def open_channel(self, group: Any = None) -> WeightChannel:
+        """The weight store, where `group` says on rank 0's node, in shared memory named after the attempt."""
         attempt = self.attempt
-        sweep(attempt.run)
         directory = str(store_directory(attempt.run, attempt.number))
-        store = self._spawn(WeightStore, "store", 0, STORE, (directory, self.cfg.weights.keep))
+        store = self._spawn(WeightStore, "store", 0, STORE, (attempt.run, attempt.number, self.cfg.weights.keep), group)
         node = await self._answer(store, "ready", store.actor.ready.remote())
         return WeightChannel(store, node, directory, attempt.run, attempt.number)
 
@@ -138,9 +139,13 @@ class Starter:
         await asyncio.gather(*(self._answer(host, "ready", host.actor.ready.remote()) for host in hosts))
 
     async def end(self) -> None:
-        """Ends every worker; vLLM is asked first, so that its own processes and semaphores go with it."""
-        engines = [host for host in self.hosts if host.name.startswith("generation")]
-        asked = [answer(host.actor.stop.remote(), Call(host.name, "stop", host.log), STOP_S) for host in engines]
+        """Ends every worker. Those that hold more than their process are asked first: vLLM's own processes and
+        semaphores, and shared memory on whatever node it is."""
+        asked = [
+            answer(host.actor.stop.remote(), Call(host.name, "stop", host.log), STOP_S)
+            for host in self.hosts
+            if host.name.startswith(("generation", "store"))
+        ]
         for result in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(result, BaseException):
                 logging.getLogger(__name__).warning("while ending: %s", result)
@@ -169,7 +174,6 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, paths: PPOPaths) -> Async
     """All rooms of PPO, started side by side."""
     starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
     try:
-        channel = await starter.open_channel()
         generation, starting = starter.start_generation(paths.policy, 0)
         reward_args = (cfg.reward, str(paths.reward_model), cfg.model.dtype, cfg.model.attention, cfg.seed)
         reward = starter.start(RewardWorker, "reward", cfg.reward.resources, reward_args)
@@ -178,7 +182,7 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, paths: PPOPaths) -> Async
             limit = cfg.reference.tokens_per_micro_batch
             reference_args = (str(paths.reference), cfg.model.dtype, cfg.model.attention, limit)
             reference = starter.start(ReferenceWorker, "reference", cfg.reference.resources, reference_args)
-        learner, *_ = await asyncio.gather(
+        (learner, channel), *_ = await asyncio.gather(
             starter.start_learner(paths), starter.ready([*reward, *reference]), *starting
         )
         group = LearnerGroup(learner, channel, deadline)

@@ -25,7 +25,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainEngine:
-    """A module under DeepSpeed at any ZeRO stage.
+    """A module under DeepSpeed at any ZeRO stage, computing in `dtype` over fp32 masters.
+
+    The masters are the module's weights as they come: what they hold beyond `dtype` is kept. Masters that all begin on
+    bfloat16's own values would have to move by half a step of it, some ten updates at a usual learning rate, before the
+    model that is computed with changed at all.
 
     `backward` takes (sum over this rank's tokens) / (tokens of the global minibatch): the engine multiplies by the
     number of ranks, which DeepSpeed's averaging takes out again, so neither ranks nor micro-batches change the
@@ -54,11 +58,15 @@ class TrainEngine:
             fused=True,
         )
         settings = deepspeed_settings(engine, optimizer, dtype, ranks.world)
+        begun = _masters_beyond(dtype, module)
         self._engine, *_ = deepspeed.initialize(model=module.to(dtype), optimizer=adamw, config=settings)
         self._adamw: torch.optim.AdamW = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         if self.stage == 0:
             self._adamw.register_step_pre_hook(self._clip)
         self._reset_moments()
+        for name, parameter in self.module.named_parameters():
+            if name in begun:
+                self._set_master(parameter, begun[name])
 
     def _clip(self, *_: Any) -> None:
         """Runs after the gradients are reduced and before the weights move: the norm is that of all ranks."""
@@ -109,6 +117,17 @@ class TrainEngine:
             with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.detach().clone()
 
+    def weights_on_rank_0(self) -> dict[str, torch.Tensor]:
+        """All of `full_parameters` in host memory on rank 0, nothing on the others. A collective at stage 3."""
+        return self._on_rank_0(self.full_parameters())
+
+    def masters_on_rank_0(self) -> dict[str, torch.Tensor]:
+        """The fp32 masters in host memory on rank 0, nothing on the others. A collective."""
+        return self._on_rank_0((name, self._master(parameter)) for name, parameter in self.module.named_parameters())
+
+    def _on_rank_0(self, named: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: tensor.cpu() for name, tensor in named if self.ranks.rank == 0}
+
     @property
     def optimizer_steps(self) -> int:
         return int(next(iter(self._adamw.state.values()))["step"])
@@ -117,41 +136,53 @@ class TrainEngine:
         """(name, {master, exp_avg, exp_avg_sq} in fp32) of every parameter, independent of stage and world size."""
         for name, parameter in self.module.named_parameters():
             if self.stage == 0:
-                moments = self._adamw.state[parameter]
-                yield name, {"master": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
+                moments = {key: self._adamw.state[parameter][key] for key in MOMENTS}
             else:
-                state = {"master": safe_get_full_fp32_param(parameter)}
-                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                yield name, state
+                moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            yield name, {"master": self._master(parameter), **moments}
+
+    def _master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
 
     def load_full_state(self, state_of: Callable[[str], Mapping[str, torch.Tensor]], optimizer_steps: int) -> None:
         """Restores what `full_state` gave. `state_of(name)` returns the three fp32 tensors of a parameter."""
         for name, parameter in self.module.named_parameters():
             state = state_of(name)
-            if self.stage == 0:
-                parameter.data.copy_(state["master"])
-                for key in MOMENTS:
-                    self._adamw.state[parameter][key].copy_(state[key])
-            elif self.stage < 3:
-                parameter.data.copy_(state["master"])  # the working copy, rounded to the training dtype
-                safe_set_full_fp32_param(parameter, state["master"])
-                for key in MOMENTS:
-                    safe_set_full_optimizer_state(parameter, state[key], key)
-            else:
-                self._load_partition(parameter, state)
+            self._set_master(parameter, state["master"])
+            for key in MOMENTS:
+                self._set_moment(parameter, key, state[key])
         for moments in self._adamw.state.values():
             moments["step"].fill_(optimizer_steps)
 
-    def _load_partition(self, parameter: torch.nn.Parameter, state: Mapping[str, torch.Tensor]) -> None:
-        """Stage 3: this rank's slice alone. DeepSpeed's own setter for full tensors fails on sizes that ranks do not
-        divide."""
+    def _set_master(self, parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
+        """The master, and the working copy rounded from it."""
+        if self.stage < 3:
+            parameter.data.copy_(full)
+            if self.stage > 0:
+                safe_set_full_fp32_param(parameter, full)
+        else:
+            own = self._own_slice(parameter, full)
+            parameter.ds_tensor.data.copy_(own.view_as(parameter.ds_tensor))
+            safe_set_local_fp32_param(parameter, own)
 
-        def own(full: torch.Tensor) -> torch.Tensor:
-            size = parameter.ds_tensor.numel()
-            padded = torch.nn.functional.pad(full.flatten(), (0, size * self.ranks.world - full.numel()))
-            return padded.narrow(0, size * self.ranks.rank, size)
+    def _set_moment(self, parameter: torch.nn.Parameter, key: str, full: torch.Tensor) -> None:
+        if self.stage == 0:
+            self._adamw.state[parameter][key].copy_(full)
+        elif self.stage < 3:
+            safe_set_full_optimizer_state(parameter, full, key)
+        else:
+            safe_set_local_optimizer_state(parameter, self._own_slice(parameter, full), key)
 
-        parameter.ds_tensor.data.copy_(own(state["master"]).view_as(parameter.ds_tensor))
-        safe_set_local_fp32_param(parameter, own(state["master"]))
-        for key in MOMENTS:
-            safe_set_local_optimizer_state(parameter, own(state[key]), key)
+    def _own_slice(self, parameter: torch.nn.Parameter, full: torch.Tensor) -> torch.Tensor:
+        """Stage 3: what this rank holds of a parameter. DeepSpeed's own setters for full tensors fail on sizes that
+        ranks do not divide."""
+        size = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(full.flatten(), (0, size * self.ranks.world - full.numel()))
+        return padded.narrow(0, size * self.ranks.rank, size)
+
+
+def _masters_beyond(dtype: torch.dtype, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """fp32 copies of the weights that `dtype` would round."""
+    if dtype == torch.float32:
+        return {}
+    return {name: p.detach().float().clone() for name, p in module.named_parameters() if p.dtype != dtype}

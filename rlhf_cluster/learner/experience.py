@@ -43,6 +43,7 @@ class Experience:
 
     rows: Sequence[EvaluatedRow]
     rewards: list[np.ndarray]
+    non_score_rewards: list[np.ndarray]  # the KL penalty alone
     advantages: list[np.ndarray]
     returns: list[np.ndarray]
     index: Mapping[str, int]  # row of a sample id
@@ -57,7 +58,7 @@ def make_experience(rows: Sequence[EvaluatedRow], cfg: PPOConfig, kl_coef: float
     ended = torch.tensor([row.ended for row in rows], dtype=torch.bool)
     shaped = shape_scores(scores, ended, cfg.missing_eos_penalty, cfg.score_clip)
     ref_logprobs = to_response_frame([row.ref_logprobs for row in rows])
-    rewards, _ = kl_shaped_rewards(shaped, old_logprobs, ref_logprobs, mask, kl_coef)
+    rewards, non_score_rewards = kl_shaped_rewards(shaped, old_logprobs, ref_logprobs, mask, kl_coef)
     if cfg.advantage.whiten_rewards:
         rewards = _whiten(rewards, mask, ranks, shift_mean=False)
     values = to_response_frame([row.values for row in rows])
@@ -67,6 +68,7 @@ def make_experience(rows: Sequence[EvaluatedRow], cfg: PPOConfig, kl_coef: float
     return Experience(
         rows,
         from_response_frame(rewards, lengths),
+        from_response_frame(non_score_rewards, lengths),
         from_response_frame(advantages, lengths),
         from_response_frame(returns, lengths),
         {row.sample_id: i for i, row in enumerate(rows)},

@@ -47,11 +47,11 @@ class ActorCritic:
         self.ranks = ranks
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokens_per_micro_batch = cfg.engine.tokens_per_micro_batch
-        policy = PolicyModule(load_policy(policy_path, dtype, attention), logprobs_from_logits)
+        policy = PolicyModule(load_policy(policy_path, None, attention), logprobs_from_logits)
         if critic_path is None:
-            critic = ScalarHeadModel.from_policy(policy_path, dtype, attention, seed)
+            critic = ScalarHeadModel.from_policy(policy_path, None, attention, seed)
         else:
-            critic = ScalarHeadModel.from_directory(critic_path, dtype, attention)
+            critic = ScalarHeadModel.from_directory(critic_path, None, attention)
         self.policy_config, self.critic_config = policy.model.config, critic.config
         self.policy = TrainEngine(policy, cfg.engine, cfg.policy, dtype, ranks)
         self.critic = TrainEngine(critic, cfg.engine, cfg.critic, dtype, ranks)

@@ -72,9 +72,8 @@ def tally_experience(tally: Tally, experience: Experience, weight_version: int) 
     tally.mean("objective/scores", sum(row.score for row in rows), len(rows))
     kl = [float((row.old_logprobs - row.ref_logprobs).sum()) for row in rows]
     tally.mean("objective/kl", sum(kl), len(rows))
-    rewards = [float(rewards.sum()) for rewards in experience.rewards]
-    tally.mean("objective/rlhf_reward", sum(rewards), len(rows))
-    tally.mean("objective/non_score_reward", sum(rewards) - sum(row.score for row in rows), len(rows))
+    tally.mean("objective/rlhf_reward", _flat(experience.rewards).sum(), len(rows))
+    tally.mean("objective/non_score_reward", _flat(experience.non_score_rewards).sum(), len(rows))
     entropies = _flat([row.entropies for row in rows])
     tally.mean("objective/entropy", entropies.sum(), entropies.size)
     difference = _flat([row.old_logprobs for row in rows]) - _flat([row.rollout_logprobs for row in rows])

@@ -19,6 +19,7 @@ from rlhf_cluster.learner.models import ActorCritic, Evaluation
 from rlhf_cluster.learner.plan import BatchPlan, plan_batch
 from rlhf_cluster.learner.state import load_state, save_state
 from rlhf_cluster.learner.update import StepRates, Updater
+from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.score_head import save_scalar_head_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
@@ -68,11 +69,15 @@ class LearnerWorker:
         return {"policy": self._models.policy, "critic": self._models.critic}
 
     def begin(self, step: int, sample_ids: Sequence[str]) -> dict[str, int]:
-        """Returns the rank that each sample's row goes to."""
-        if step not in self._open:
-            plan = plan_batch(sample_ids, self._ppo.minibatch_size, self._ranks.world, self._batch_seed(step))
-            self._open[step] = OpenBatch(plan)
-        return self._open[step].plan.owners
+        """Returns the rank that each sample's row goes to. A batch that was updated from is not opened again."""
+        plan = plan_batch(sample_ids, self._ppo.minibatch_size, self._ranks.world, self._batch_seed(step))
+        if not self._is_done(step):
+            self._open.setdefault(step, OpenBatch(plan))
+        return plan.owners
+
+    def _is_done(self, step: int) -> bool:
+        """Whether this call repeats one whose answer got lost: the last update was this step's."""
+        return self._last is not None and self._last.step == step
 
     def _batch_seed(self, step: int) -> int:
         return int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
@@ -80,6 +85,8 @@ class LearnerWorker:
     def add(self, step: int, rows: ScoredRollouts, start: int, stop: int) -> None:
         """Evaluates this rank's rows, `start` to `stop`. Rows that it holds already are left as they are. A
         collective."""
+        if self._is_done(step):
+            return
         if step not in self._open:
             raise LearnerError(f"rows of batch {step} arrived, but the open batches are {sorted(self._open)}")
         batch, began = self._open[step], time.perf_counter()
@@ -93,7 +100,7 @@ class LearnerWorker:
 
     def update(self, step: int, kl_coef: float) -> UpdateStats:
         """Trains on the batch; repeating an update that was applied returns its stored answer. A collective."""
-        if self._last is not None and self._last.step == step:
+        if self._last is not None and self._is_done(step):
             return self._last
         if step not in self._open:
             raise LearnerError(f"update of batch {step}, but the open batches are {sorted(self._open)}")
@@ -114,18 +121,14 @@ class LearnerWorker:
     def publish(self, version: int, directory: str) -> Snapshot | None:
         """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A
         collective."""
-        named = ((name.removeprefix("model."), tensor) for name, tensor in self._models.policy.full_parameters())
-        if self._ranks.rank == 0:
-            return write_snapshot(Path(directory), version, named)
-        for _ in named:
-            continue
-        return None
+        weights = PolicyModule.hf_names(self._models.policy.weights_on_rank_0())
+        return write_snapshot(Path(directory), version, weights) if self._ranks.rank == 0 else None
 
     def save(self, directory: str) -> None:
         """`policy/` and `critic/` as plain Hugging Face directories in the training dtype, `state/` beside them."""
         target, models = Path(directory), self._models
-        policy = {name.removeprefix("model."): t.cpu() for name, t in models.policy.full_parameters()}
-        critic = {name: t.cpu() for name, t in models.critic.full_parameters()}
+        policy = PolicyModule.hf_names(models.policy.weights_on_rank_0())
+        critic = models.critic.weights_on_rank_0()
         if self._ranks.rank == 0:
             save_policy(models.policy_config, policy, self._tokenizer, target / "policy", models.policy.dtype)
             save_scalar_head_model(
@@ -134,9 +137,11 @@ class LearnerWorker:
         save_state(self._engines, target / "state", self._ranks)
 
     def load(self, directory: str, version: int) -> None:
-        """Restores what `save` wrote below `directory`; the policy is then `version`."""
+        """Restores what `save` wrote below `directory`; the policy is then `version`, and no batch is open."""
         load_state(self._engines, Path(directory) / "state")
         self._version = version
+        self._open.clear()
+        self._last = None
 
 
 def _evaluated(rows: ScoredRollouts, evaluation: Evaluation) -> list[EvaluatedRow]:

@@ -6,7 +6,7 @@ function that the caller brings. It refuses to know losses and DeepSpeed, but is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,11 @@ class PolicyModule(nn.Module):
         """`PackedBatch.policy_arguments()` and the sampling temperature -> (logprobs f32 [N], entropies f32 [N])."""
         hidden = hidden_states(self.model, input_ids, position_ids)
         return self.head(hidden[positions], targets, temperature)
+
+    @staticmethod
+    def hf_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by this module's parameter names -> by their Hugging Face names."""
+        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
     def hf_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter once, by its Hugging Face name; a tied LM head appears as the embedding only."""

@@ -84,9 +84,10 @@ def load_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def load_policy(path: Path, dtype: torch.dtype, attention: str, dropout: bool = False) -> PreTrainedModel:
-    """A causal LM in eval mode. Dropout is off, in training mode too, unless `dropout`: PPO's ratio must start at 1.
+def load_policy(path: Path, dtype: torch.dtype | None, attention: str, dropout: bool = False) -> PreTrainedModel:
+    """A causal LM in eval mode, in `dtype` or (None) as it is stored.
 
+    Dropout is off, in training mode too, unless `dropout`: PPO's ratio must start at 1.
     `attention` is `eager` or `sdpa`. The config is left as the directory has it (`use_cache`, dropout rates), so that
     a saved copy serves others unchanged; `forward.hidden_states` passes `use_cache=False`.
     """
@@ -96,7 +97,7 @@ def load_policy(path: Path, dtype: torch.dtype, attention: str, dropout: bool = 
 def load_pretrained(
     auto_class: type[AutoModel | AutoModelForCausalLM],
     path: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     attention: str,
     dropout: bool,
     layers: int = 0,
@@ -112,7 +113,7 @@ def load_pretrained(
             model = auto_class.from_pretrained(
                 path,
                 config=config,
-                dtype=dtype,
+                dtype=dtype or "auto",
                 attn_implementation=attention,
                 local_files_only=True,
                 use_safetensors=True,

@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTraine
 
 from rlhf_cluster.models import ModelError
 from rlhf_cluster.models.forward import hidden_states
-from rlhf_cluster.models.load import load_pretrained, save_pretrained
+from rlhf_cluster.models.load import load_config, load_pretrained, save_pretrained
 
 WEIGHTS, DESCRIPTION = "score_head.safetensors", "score_head.json"
 FORMAT = 1
@@ -53,7 +53,9 @@ class ScalarHeadModel(nn.Module):
         return self.score(hidden_states(self.body, input_ids, position_ids)[positions])
 
     @classmethod
-    def from_policy(cls, path: Path, dtype: torch.dtype, attention: str, seed: int, layers: int = 0) -> ScalarHeadModel:
+    def from_policy(
+        cls, path: Path, dtype: torch.dtype | None, attention: str, seed: int, layers: int = 0
+    ) -> ScalarHeadModel:
         """The body of a causal LM under a new head: weights N(0, 1/(H+1)) by variance, bias 0.
 
         Stiennon et al. 2020 (arXiv:2009.01325), appendix B.1. Of the body's layers the first `layers` stay; 0: all.
@@ -67,22 +69,28 @@ class ScalarHeadModel(nn.Module):
         return cls(body, score)
 
     @classmethod
-    def from_directory(cls, path: Path, dtype: torch.dtype, attention: str) -> ScalarHeadModel:
+    def from_directory(cls, path: Path, dtype: torch.dtype | None, attention: str) -> ScalarHeadModel:
         """What `save` wrote; the head stays float32. Raises ModelError where the head is absent or does not fit."""
-        for name in (WEIGHTS, DESCRIPTION):
-            if not (path / name).is_file():
-                raise ModelError(f"{path} is not a reward model or critic: it holds no {name}")
+        check_scalar_head(path)
         body = load_pretrained(AutoModel, path, dtype, attention, dropout=False)
-        description = json.loads((path / DESCRIPTION).read_text())
-        expected = {"format": FORMAT, "hidden_size": body.config.hidden_size}
-        if {key: description.get(key) for key in expected} != expected:
-            raise ModelError(f"{path / DESCRIPTION} says {description}; the body beside it needs {expected}")
         score = _empty_head(body.config.hidden_size)
         score.load_state_dict(load_file(path / WEIGHTS))
         return cls(body, score)
 
     def save(self, directory: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
         save_scalar_head_model(self.config, self.state_dict(), tokenizer, directory, dtype)
+
+
+def check_scalar_head(path: Path) -> None:
+    """Raises ModelError unless `path` is what `save` wrote: a head that fits the body beside it."""
+    config = load_config(path)
+    for name in (WEIGHTS, DESCRIPTION):
+        if not (path / name).is_file():
+            raise ModelError(f"{path} is not a reward model or critic: it holds no {name}")
+    description = json.loads((path / DESCRIPTION).read_text())
+    expected = {"format": FORMAT, "hidden_size": config.hidden_size}
+    if {key: description.get(key) for key in expected} != expected:
+        raise ModelError(f"{path / DESCRIPTION} says {description}; the body beside it needs {expected}")
 
 
 def save_scalar_head_model(

@@ -36,10 +36,14 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in one directory, which need not exist yet. One process writes (the run's lock sees to that)."""
+    """The checkpoints in one directory, which need not exist yet. One process writes (the run's lock sees to that).
 
-    def __init__(self, directory: Path) -> None:
+    Of the complete ones the `keep` newest stay when another is written; 0: all.
+    """
+
+    def __init__(self, directory: Path, keep: int = 0) -> None:
         self.directory = directory
+        self._keep = keep
         self._writing: set[Path] = set()
 
     @contextmanager
@@ -57,6 +61,8 @@ class Checkpoints:
                 durable.replace_directory(temp, final)
             finally:
                 self._writing.discard(temp)
+        if self._keep:
+            self.prune(self._keep)
 
     def latest(self) -> Checkpoint | None:
         """The complete checkpoint of the highest step, or None. Sizes are compared, contents are not (`verify`)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,12 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_snapshot(directory: Path, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Snapshot:
+def write_snapshot(directory: Path, version: int, tensors: Mapping[str, torch.Tensor]) -> Snapshot:
     """Writes one safetensors file under its final name only when it is whole."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"v{version}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors}, partial)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
     snapshot = Snapshot(version, str(path), partial.stat().st_size, digest_of(partial))
     os.replace(partial, path)
     return snapshot

@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from rlhf_cluster.weights.snapshot import CHUNK, SHARED_MEMORY, Snapshot, SnapshotError
+from rlhf_cluster.weights.snapshot import CHUNK, SHARED_MEMORY, Snapshot, SnapshotError, store_directory
 
 
 class WeightStore:
-    """Keeps the newest `keep` snapshots of one node's shared memory, which it was told of by `add`."""
+    """Keeps the newest `keep` snapshots of one node's shared memory, which it was told of by `add`.
 
-    def __init__(self, directory: str, keep: int) -> None:
-        self._directory = Path(directory)
+    It begins by sweeping what earlier attempts of the run left on this node.
+    """
+
+    def __init__(self, run: str, attempt: int, keep: int) -> None:
+        sweep(run)
+        self._directory = store_directory(run, attempt)
         self._keep = keep
         self._snapshots: dict[int, Snapshot] = {}
 
@@ -32,7 +36,7 @@ class WeightStore:
             file.seek(index * CHUNK)
             return file.read(CHUNK)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 

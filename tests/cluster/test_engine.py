@@ -94,6 +94,7 @@ def one_case(stage: int, dtype: str, ranks: Ranks, state: Path) -> dict[str, Any
     return {
         "distance": distance(weights(engine), dict(reference.named_parameters())),
         "norm_error": max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True)),
+        "rounded_at_start": distance(begun, dict(network().named_parameters())),
         "moved": distance(begun, masters(engine)),
         "moved_by_tiny_steps": distance(begun, masters(tiny_steps)),
         "resumed": distance(masters(again), masters(engine)),
@@ -152,6 +153,12 @@ def test_a_stage_is_plain_adamw(found: dict[int, Any], world: int, stage: int, d
 def test_bfloat16_keeps_float32_masters(found: dict[int, Any], world: int, stage: int) -> None:
     """Steps of 1e-6 on weights of about 0.3 are lost in bfloat16, whose neighbours there lie 1e-3 apart."""
     assert 2e-6 < found[world][f"{stage} bfloat16"]["moved_by_tiny_steps"] < 5e-6
+
+
+@pytest.mark.parametrize(("world", "stage", "dtype"), CASES)
+def test_masters_begin_as_the_weights_came(found: dict[int, Any], world: int, stage: int, dtype: str) -> None:
+    """On bfloat16's own values they would have to move by half of 1e-3 before the model changed at all."""
+    assert found[world][f"{stage} {dtype}"]["rounded_at_start"] == 0.0
 
 
 @pytest.mark.parametrize(("world", "stage", "dtype"), CASES)

@@ -55,7 +55,7 @@ class Bench:
 
     def snapshot(self, version: int) -> Snapshot:
         named = self.policies[version].hf_parameters().items()
-        return write_snapshot(self.store, version, ((name, tensor.detach()) for name, tensor in named))
+        return write_snapshot(self.store, version, {name: tensor.detach() for name, tensor in named})
 
     async def sampled(self, members: Members) -> Rollouts:
         return await laws.collected(self, members)

@@ -70,8 +70,8 @@ class Scene:
         cfg = with_gang(self.cfg, stage, ranks)
         starter = Starter(cfg, Attempt(f"test-zero-{stage}-ranks-{ranks}", 1, self.logs / f"{stage}-{ranks}"))
         try:
-            channel = await starter.open_channel()
-            learner = LearnerGroup(await starter.start_learner(self.paths), channel, cfg.cluster.call_timeout_s)
+            hosts, channel = await starter.start_learner(self.paths)
+            learner = LearnerGroup(hosts, channel, cfg.cluster.call_timeout_s)
             samplers = [host for host in self.opened.hosts if host.name.startswith("generation")]
             generation = GenerationPool(samplers, channel, cfg.cluster.call_timeout_s)
             yield dataclasses.replace(self.opened.rooms, generation=generation, learner=learner), learner

@@ -31,6 +31,7 @@ ROWS: Mapping[str, list[Any]] = {
     ],
 }
 PPO = ("data=files", "stages=[ppo]", "reward=random", "data.prompts={files}/prompts.jsonl")
+PPO_OF = ("data=sentiment", "stages=[ppo]", "policy_path={model}")
 RM = ("data=files", "stages=[rm]", "rm.ranking.labeler=''", "policy_path={model}")
 
 REFUSED = {
@@ -52,6 +53,18 @@ REFUSED = {
     "a context too long": (
         ("model.context=4096",),
         r"model\.context=4096 is beyond .* context of 1024 tokens; lower it",
+    ),
+    "a reward model that is not there": (
+        (*PPO_OF, "reward.path={files}/none"),
+        r".*none is not a Hugging Face model directory: it holds no config\.json",
+    ),
+    "a policy for a reward model": (
+        (*PPO_OF, "reward.path={model}"),
+        r".* is not a reward model or critic: it holds no score_head\.safetensors",
+    ),
+    "a reference that is not there": (
+        (*PPO_OF, "reward=random", "reference.path={files}/none"),
+        r".*none is not a Hugging Face model directory: it holds no config\.json",
     ),
     "a model that is not there": (("model=pretrained", "model.path={files}/nobody"), r"model\.path=.*nobody.*"),
 }

@@ -253,8 +253,18 @@ def test_what_happened_is_written_down(tmp_path: Path) -> None:
         assert found["perf/throughput"] == pytest.approx(found["perf/total_num_tokens"] / found["timing_s/step"])
     parts = {"step", "gen", "reward", "ref", "old_log_prob", "update", "update_weights"}
     assert {f"timing_s/{part}" for part in parts} <= run.metrics[0].metrics.keys()
-    assert "timing_s/save_checkpoint" in run.metrics[-1].metrics
-    assert "timing_s/save_checkpoint" not in run.metrics[0].metrics
+
+
+def test_what_a_checkpoint_has_behind_it_is_on_record_before_it_is_there(tmp_path: Path) -> None:
+    """So a run that dies at any point and resumes has every iteration's rollouts and metrics once."""
+    run = RunOfLoop(tmp_path, FakeRooms(Events(broken=("save", 4))))
+    with pytest.raises(ExceptionGroup):
+        run(save_every=2)
+    newest = run.checkpoints.latest()
+    assert newest is not None and newest.step == 2
+    assert run.rollouts.steps() == [0, 1, 2, 3]
+    assert [record.step for record in run.metrics] == [1, 2, 3, 4]
+    assert ["timing_s/save_checkpoint" in record.metrics for record in run.metrics] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("verb", ["score", "ref"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster import config
-from rlhf_cluster.config import ConfigError, RunConfig, conf_directory, load, load_file, to_yaml, validate
+from rlhf_cluster.config import ConfigError, RunConfig, conf_directory, differences, load, load_file, to_yaml, validate
 
 PRIMARIES = ("pipeline", "sft", "rm", "ppo")
 ANY_PATHS = ["data.path=x", "model.path=x", "policy_path=x", "reward.path=x"]
@@ -164,3 +164,21 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, sentence: str) -> None:
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config .*absent\.yaml: No such file"):
         load_file(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "dir=/elsewhere",
+        "resume=never",
+        "logging=tensorboard",
+        "cluster.call_timeout_s=9",
+        "learner.resources.workers=2",
+    ],
+)
+def test_what_may_change_when_a_run_goes_on(change: str) -> None:
+    assert differences(load([change]), load([])) == []
+
+
+def test_what_makes_another_run_is_named_by_its_whole_key() -> None:
+    assert differences(load(["ppo.kl.coef=0.5", "seed=3", "name=b"]), load(["name=b"])) == ["seed=3", "ppo.kl.coef=0.5"]

@@ -111,3 +111,14 @@ def test_training_learns_and_leaves_a_plain_directory(tiny: Path, one_rank: Rank
             for path in (tiny, work.output)
         )
     assert after < before - 0.5
+
+
+def test_what_bfloat16_training_leaves_is_finer_than_bfloat16(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    """The masters, which PPO's begin with, and not the copies that were computed with."""
+    work = job(tiny, tmp_path / "policy", lr=1e-5)
+    work.model.dtype = "bfloat16"
+    train(one_rank, work, lambda step, metrics: None)
+    before, after = (load_policy(path, None, "eager").state_dict() for path in (tiny, work.output))
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    moved = [tensor for name, tensor in after.items() if not torch.equal(tensor, before[name].float())]
+    assert moved and any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in moved)

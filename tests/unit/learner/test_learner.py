@@ -151,8 +151,13 @@ def test_repeating_what_was_applied_changes_nothing(start: Start) -> None:
     assert numbers(first.metrics) == numbers(expected.metrics)
     before = weights(other)
     assert other.update(0, 0.02) is first
+    other.begin(0, rows().sample_id)
+    other.add(0, rows(), 0, COUNT)
+    assert other.update(0, 0.02) is first
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(other).items())
     assert distance(one, other) == 0.0
+    with pytest.raises(LearnerError, match=r"update of batch 1, but the open batches are \[\]"):
+        other.update(1, 0.02)
 
 
 def test_an_update_gives_the_next_version_and_closes_its_batch(start: Start) -> None:
@@ -171,7 +176,10 @@ def test_a_saved_learner_goes_on_bit_by_bit(start: Start, tmp_path: Path) -> Non
     give(one, rows(0))
     one.update(0, 0.02)
     one.save(str(tmp_path))
+    give(other, rows(0))  # of an iteration that the checkpoint has behind it
     other.load(str(tmp_path), 1)
+    with pytest.raises(LearnerError, match=r"the open batches are \[\]"):
+        other.update(0, 0.02)
     assert distance(one, other) == 0.0
     for worker in (one, other):
         give(worker, rows(1))

@@ -59,8 +59,10 @@ def rows(row: Callable[..., EvaluatedRow]) -> list[EvaluatedRow]:
     ]
 
 
-def found_over(world: int, rows: list[EvaluatedRow], on_ranks: OnRanks) -> dict[str, float]:
-    cfg = PPOConfig(advantage=AdvantageConfig(lam=0.5, whiten=False))
+def found_over(
+    world: int, rows: list[EvaluatedRow], on_ranks: OnRanks, missing_eos_penalty: float = 0.0
+) -> dict[str, float]:
+    cfg = PPOConfig(advantage=AdvantageConfig(lam=0.5, whiten=False), missing_eos_penalty=missing_eos_penalty)
 
     def work(ranks: Any) -> dict[str, float]:
         experience, tally = make_experience(rows[ranks.rank :: world], cfg, 0.1, ranks), Tally()
@@ -91,6 +93,12 @@ def test_a_batch_by_hand(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:
         "prompt_length/mean": 2.0,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_shapes_the_score_is_no_part_of_the_non_score_reward(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:
+    found = found_over(1, rows, on_ranks, missing_eos_penalty=1.0)
+    assert found["objective/rlhf_reward"] == pytest.approx((3.05 - 3.2) / 2)
+    assert found["objective/non_score_reward"] == pytest.approx((0.05 - 0.2) / 2)
 
 
 def test_explained_variance_by_hand(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:

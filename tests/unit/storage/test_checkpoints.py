@@ -148,6 +148,16 @@ def test_prune_keeps_the_newest(checkpoints: Checkpoints) -> None:
         checkpoints.prune(keep=0)
 
 
+def test_only_so_many_are_kept_as_others_are_written(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        write(checkpoints, step)
+    assert names(tmp_path) == {"step-2", "step-3"}
+    with pytest.raises(RuntimeError):
+        write_half(checkpoints, 4, RuntimeError)
+    assert names(tmp_path) == {"step-2", "step-3"}
+
+
 def test_prune_does_not_count_what_is_not_complete(checkpoints: Checkpoints) -> None:
     write(checkpoints, 1)
     (write(checkpoints, 2) / COMMITTED).unlink()
