@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from rlhf_cluster import ppo, rm, sft
@@ -249,6 +250,7 @@ async def _run_ppo(run: Run) -> None:
             RolloutLog(run.directory.rollouts),
             checkpoints,
             lambda step, batch: _show(run, step, batch),
+            _gold_score(run),
         )
         with run.progress.stage(ppo.STAGE, cfg.ppo.steps):
             await ppo.train(opened.rooms, PromptOrder(run.inputs.prompts, cfg.seed), cfg.ppo, log, start)
@@ -307,6 +309,14 @@ def _compare(run: Run, before: HeldOut, after: HeldOut) -> None:
     pq.write_table(after.table(), run.directory.path / "heldout_after.parquet")
     replace_text(run.directory.path / COMPARISON_FILE, comparison.to_json(), "the comparison")
     run.progress.comparison(comparison)
+
+
+def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
+    """The labeler's mean score of a batch, where there is a labeler: watched, never learnt from."""
+    if not run.cfg.evaluation.gold:
+        return lambda batch: {}
+    gold = make_labeler(run.cfg.evaluation.gold)
+    return lambda batch: {"objective/gold": float(np.mean(gold.score([*map(run.inputs.text, batch.response_ids)])))}
 
 
 def _show(run: Run, step: int, batch: ScoredRollouts) -> None:

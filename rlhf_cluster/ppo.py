@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -49,6 +49,9 @@ class Log:
     rollouts: RolloutLog
     checkpoints: Checkpoints
     show: Callable[[int, ScoredRollouts], None]
+    measure: Callable[[ScoredRollouts], Mapping[str, float]] = (
+        lambda batch: {}
+    )  # further metrics that nothing learns from
 
 
 async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start: int = 0) -> None:
@@ -129,6 +132,7 @@ def write_down(step: int, batch: ScoredRollouts, stats: UpdateStats, kl_coef: fl
         stats.weight_version,
         {
             **stats.metrics,
+            **log.measure(batch),
             **seconds,
             "actor/kl_coef": kl_coef,
             "sync/version": stats.weight_version,

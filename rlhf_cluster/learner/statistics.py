@@ -99,5 +99,6 @@ def _flat(ragged: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(ragged).astype(np.float64) if len(ragged) else np.zeros(0)
 
 
-def timings(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {f"timing_s/{part}": value for part, value in seconds.items()}
+def seconds_by_part(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Of rank 0; not among `timing_s/`, since these lie within the driver's parts `old_log_prob` and `update`."""
+    return {f"learner_s/{part}": value for part, value in seconds.items()}

@@ -15,7 +15,7 @@ from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.learner.experience import Experience
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.plan import BatchPlan
-from rlhf_cluster.learner.statistics import Tally, explained_variance, tally_experience, timings
+from rlhf_cluster.learner.statistics import Tally, explained_variance, seconds_by_part, tally_experience
 from rlhf_cluster.models.batching import PackedBatch
 
 
@@ -48,7 +48,7 @@ class Updater:
                 first = False
         metrics = self._tally.over(self._models.ranks)
         metrics |= {"critic/vf_explained_var": explained, "actor/lr": rates.policy, "critic/lr": rates.critic}
-        return metrics | timings(self._seconds)
+        return metrics | seconds_by_part(self._seconds)
 
     def _global_tokens(self, minibatches: Sequence[Sequence[int]]) -> list[float]:
         """Response tokens of each minibatch over all ranks: what its losses are divided by."""
@@ -84,7 +84,7 @@ class Updater:
             self._tally.mean("actor/first_clipfrac", loss.pg_clipfrac_sum, count)
             self._tally.top("actor/first_ratio_max", loss.ratio_max)
             self._tally.bottom("actor/first_ratio_min", loss.ratio_min)
-        self._seconds["update_actor"] += time.perf_counter() - start
+        self._seconds["actor"] += time.perf_counter() - start
 
     def _value_gradient(self, batch: PackedBatch, rows: Sequence[int], tokens: float) -> None:
         start = time.perf_counter()
@@ -97,7 +97,7 @@ class Updater:
         count = float(mask.sum())
         self._tally.mean("critic/vf_loss", loss.loss_sum.detach(), count)
         self._tally.mean("critic/vf_clipfrac", loss.vf_clipfrac_sum, count)
-        self._seconds["update_critic"] += time.perf_counter() - start
+        self._seconds["critic"] += time.perf_counter() - start
 
     def _flat(self, batch: PackedBatch, ragged: Sequence[np.ndarray]) -> torch.Tensor:
         """Per-token arrays of this minibatch's rows, in the micro-batch's order: f32 [N]."""

@@ -18,6 +18,7 @@ from rlhf_cluster.learner.experience import EvaluatedRow, make_experience
 from rlhf_cluster.learner.models import ActorCritic, Evaluation
 from rlhf_cluster.learner.plan import BatchPlan, plan_batch
 from rlhf_cluster.learner.state import load_state, save_state
+from rlhf_cluster.learner.statistics import seconds_by_part
 from rlhf_cluster.learner.update import StepRates, Updater
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import save_policy
@@ -104,7 +105,7 @@ class LearnerWorker:
             return self._last
         if step not in self._open:
             raise LearnerError(f"update of batch {step}, but the open batches are {sorted(self._open)}")
-        batch, began = self._open.pop(step), time.perf_counter()
+        batch = self._open.pop(step)
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
         experience = make_experience(rows, self._ppo, kl_coef, self._ranks)
         rates = StepRates(
@@ -113,7 +114,7 @@ class LearnerWorker:
         )
         updater = Updater(self._models, experience, self._ppo, self._temperature)
         metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates)
-        metrics |= {"timing_s/evaluate": batch.seconds, "timing_s/update": time.perf_counter() - began}
+        metrics |= seconds_by_part({"evaluate": batch.seconds})
         self._version = step + 1
         self._last = UpdateStats(step, self._version, metrics)
         return self._last

@@ -26,6 +26,7 @@ from rlhf_cluster.telemetry.metrics import MetricsRecord
 
 SHOWN = (  # metric, label, format: those that an iteration has, in this order
     ("objective/scores", "score", "{:+.3f}"),
+    ("objective/gold", "gold", "{:+.3f}"),
     ("objective/kl", "KL", "{:.3f}"),
     ("sft/loss", "loss", "{:.4f}"),
     ("rm/loss", "loss", "{:.4f}"),

@@ -40,7 +40,7 @@ class Plot:
 
 PLOTS = (
     Plot("Score (what PPO raises)", "score", ("objective/scores",)),
-    Plot("Gold score (never seen by PPO)", "gold score", ("objective/gold*", "eval/gold*")),
+    Plot("Gold score of the batch (never seen by PPO)", "gold score", ("objective/gold",)),
     Plot("KL from the reference policy", "nats per response", ("objective/kl",)),
     Plot("Entropy of the policy", "nats", ("objective/entropy",)),
     Plot("Response length", "tokens", ("response_length/mean",)),
@@ -149,8 +149,9 @@ def _matches(name: str, wanted: str) -> bool:
 
 
 def _series(records: Sequence[MetricsRecord], name: str, shown: str = "") -> Series:
-    points = sorted((record.step, record.metrics[name]) for record in records if name in record.metrics)
-    return Series(shown or name, [step for step, _ in points], [value for _, value in points])
+    points = {record.step: record.metrics[name] for record in records if name in record.metrics}
+    steps = sorted(points)
+    return Series(shown or name, steps, [points[step] for step in steps])
 
 
 def _figure(title: str, svg: str, series: Sequence[Series]) -> Figure:

@@ -62,7 +62,9 @@ def require_complete(directory: Path, steps: int = 3) -> None:
             range(1, len(iterations(directory, stage)) + 1)
         )
     assert [step for step, _ in iterations(directory, "ppo")] == list(range(1, steps + 1))
-    assert "<html" in (directory / "report.html").read_text()
+    assert "<html" in (report := (directory / "report.html").read_text())
+    for curve in ("Score", "Gold score", "KL from", "Entropy", "Response length", "Seconds by part"):
+        assert f"<h3>{curve}" in report
     comparison = json.loads((directory / "comparison.json").read_text())
     assert comparison["prompts"] == 8 and comparison["kl_mean"] is not None
     checkpoint = Checkpoints(directory / "checkpoints").latest()

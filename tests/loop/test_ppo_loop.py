@@ -47,7 +47,10 @@ class RunOfLoop:
             self.shown.append(step)
 
         with MetricsLog([JsonlSink(self.directory / "metrics.jsonl")], warn=fail) as metrics:
-            log = ppo.Log(metrics, Timer(Timeline(), "ppo"), self.rollouts, self.checkpoints, show)
+            timer = Timer(Timeline(), "ppo")
+            log = ppo.Log(
+                metrics, timer, self.rollouts, self.checkpoints, show, lambda rows: {"objective/rows": len(rows)}
+            )
             try:
                 async with asyncio.timeout(20):
                     await ppo.train(self.fakes.rooms, ORDER, cfg, log, start)
@@ -248,7 +251,7 @@ def test_what_happened_is_written_down(tmp_path: Path) -> None:
         rows, found = ReferencedRollouts(run.rollouts.read(step)), record.metrics
         assert sorted(rows.sample_id) == members(step)
         assert found["critic/score/mean"] == pytest.approx(float(rows.score.mean()))
-        assert (found["sync/version"], found["actor/kl_coef"]) == (step + 1, 0.02)
+        assert (found["sync/version"], found["actor/kl_coef"], found["objective/rows"]) == (step + 1, 0.02, BATCH)
         assert found["perf/total_num_tokens"] == sum(map(len, rows.prompt_ids)) + sum(map(len, rows.response_ids))
         assert found["perf/throughput"] == pytest.approx(found["perf/total_num_tokens"] / found["timing_s/step"])
     parts = {"step", "gen", "reward", "ref", "old_log_prob", "update", "update_weights"}

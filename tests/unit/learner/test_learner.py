@@ -87,7 +87,7 @@ def give(worker: LearnerWorker, batch: ScoredRollouts, order: list[int] | None =
 
 
 def numbers(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("timing_s/")}
+    return {name: value for name, value in metrics.items() if not name.startswith("learner_s/")}
 
 
 def weights(worker: LearnerWorker) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_cluster.config import AdvantageConfig, PPOConfig
 from rlhf_cluster.learner.experience import EvaluatedRow, make_experience
-from rlhf_cluster.learner.statistics import Tally, explained_variance, tally_experience, timings
+from rlhf_cluster.learner.statistics import Tally, explained_variance, seconds_by_part, tally_experience
 
 OnRanks = Callable[[int, Callable[[Any], Any]], list[Any]]
 
@@ -112,4 +112,4 @@ def test_two_ranks_say_what_one_says(rows: list[EvaluatedRow], on_ranks: OnRanks
 
 
 def test_seconds_get_their_prefix() -> None:
-    assert timings({"optimizer": 2.0}) == {"timing_s/optimizer": 2.0}
+    assert seconds_by_part({"optimizer": 2.0}) == {"learner_s/optimizer": 2.0}
