@@ -63,6 +63,7 @@ class RMEvaluation:
 
     accuracy: float
     accuracy_se: float
+    shorter_accuracy: float  # of preferring the shorter response: what a model must beat to have read any
     margin: float
     prompts: int
     pairs: int
@@ -72,13 +73,15 @@ class RMEvaluation:
         return {
             "rm/heldout_accuracy": self.accuracy,
             "rm/heldout_accuracy_se": self.accuracy_se,
+            "rm/heldout_shorter_accuracy": self.shorter_accuracy,
             "rm/heldout_margin": self.margin,
         }
 
     def __str__(self) -> str:
         return (
             f"held-out accuracy {self.accuracy:.3f} +- {self.accuracy_se:.3f} on {self.pairs} pairs of "
-            f"{self.prompts} prompts, mean margin {self.margin:.2f}"
+            f"{self.prompts} prompts (preferring the shorter response: {self.shorter_accuracy:.3f}), "
+            f"mean margin {self.margin:.2f}"
         )
 
 
@@ -188,12 +191,16 @@ def evaluate(engine: TrainEngine, job: RMJob) -> RMEvaluation:
     """Held-out accuracy and margins. A collective."""
     heldout = job.heldout
     if not len(heldout):
-        return summarize([])
+        return summarize([], [])
     responses = [response for ranked in heldout.responses for response in ranked]
     prompts = [heldout.prompt_ids[i] for i, ranked in enumerate(heldout.responses) for _ in ranked]
     scores = np.split(score(engine, job, prompts, responses), np.cumsum([len(r) for r in heldout.ranks])[:-1])
-    margins = [pair_margins(s, ranks) for s, ranks in zip(scores, heldout.ranks, strict=True)]
-    return summarize([m for m in margins if m.size])
+    lengths = [np.array([len(response) for response in ranked]) for ranked in heldout.responses]
+    margins, by_length = (
+        [pair_margins(s, ranks) for s, ranks in zip(of_prompts, heldout.ranks, strict=True)]
+        for of_prompts in (scores, [-own for own in lengths])
+    )
+    return summarize([m for m in margins if m.size], [m for m in by_length if m.size])
 
 
 def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
@@ -202,18 +209,28 @@ def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     return scores[better] - scores[worse]
 
 
-def summarize(margins: Sequence[np.ndarray]) -> RMEvaluation:
-    """Accuracy over pooled pairs; its standard error treats a prompt's pairs as one cluster (a ratio estimator)."""
+def summarize(margins: Sequence[np.ndarray], by_length: Sequence[np.ndarray]) -> RMEvaluation:
+    """Accuracy over pooled pairs; its standard error treats a prompt's pairs as one cluster (a ratio estimator).
+
+    Both have an array for each prompt: `by_length` is what scores of minus the length would give.
+    """
     pooled = np.concatenate(margins) if margins else np.zeros(0)
     if not pooled.size:
-        return RMEvaluation(math.nan, math.nan, math.nan, 0, 0, [])
-    correct = np.array([(m > 0).sum() + 0.5 * (m == 0).sum() for m in margins], float)
+        return RMEvaluation(math.nan, math.nan, math.nan, math.nan, 0, 0, [])
+    correct = np.array([_correct(m) for m in margins])
     counts = np.array([m.size for m in margins], float)
     accuracy = correct.sum() / counts.sum()
     residual = correct - accuracy * counts
     n = len(margins)
     spread = math.sqrt((residual**2).sum() * n / max(n - 1, 1)) / counts.sum()
-    return RMEvaluation(float(accuracy), spread, float(pooled.mean()), n, int(pooled.size), pooled.tolist())
+    shorter = sum(map(_correct, by_length)) / counts.sum()
+    margin, pairs = float(pooled.mean()), int(pooled.size)
+    return RMEvaluation(float(accuracy), spread, float(shorter), margin, n, pairs, pooled.tolist())
+
+
+def _correct(margins: np.ndarray) -> float:
+    """Pairs that are told apart rightly; a tie of the scores counts as half."""
+    return float((margins > 0).sum() + 0.5 * (margins == 0).sum())
 
 
 def _device() -> str:

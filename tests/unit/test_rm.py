@@ -68,19 +68,19 @@ def test_summary_by_hand() -> None:
     Residuals c_i - 0.625 n_i are 2 - 1.875 = 0.125 and 0.5 - 0.625 = -0.125; the standard error is
     sqrt(sum of squares * n / (n - 1)) / pairs = sqrt(0.03125 * 2) / 4 = 0.0625.
     """
-    found = summarize([np.array([1.0, 2.0, -1.0]), np.array([0.0])])
+    found = summarize([np.array([1.0, 2.0, -1.0]), np.array([0.0])], [np.array([3, -1, 0]), np.array([-2])])
     assert (found.accuracy, found.accuracy_se) == pytest.approx((0.625, 0.0625))
-    assert (found.margin, found.prompts, found.pairs) == (0.5, 2, 4)
+    assert (found.shorter_accuracy, found.margin, found.prompts, found.pairs) == (1.5 / 4, 0.5, 2, 4)
     assert found.margins == [1.0, 2.0, -1.0, 0.0]
 
 
 def test_summary_of_one_pair_per_prompt_is_the_binomial_one() -> None:
     margins = [np.array([1.0])] * 30 + [np.array([-1.0])] * 10
-    assert summarize(margins).accuracy_se == pytest.approx(math.sqrt(0.75 * 0.25 / 39))
+    assert summarize(margins, margins).accuracy_se == pytest.approx(math.sqrt(0.75 * 0.25 / 39))
 
 
 def test_summary_of_nothing_is_not_a_number() -> None:
-    assert math.isnan(summarize([]).accuracy) and summarize([]).pairs == 0
+    assert math.isnan(summarize([], []).accuracy) and summarize([], []).pairs == 0
 
 
 @pytest.mark.parametrize("limit", [1, 60, 100, 1000, 1 << 20])
@@ -151,3 +151,11 @@ def test_training_leaves_a_centred_model_and_its_evaluation(tiny: Path, one_rank
     assert anew.margins == pytest.approx(kept.margins, abs=1e-5)
     assert (kept.prompts, kept.pairs) == (anew.prompts, anew.pairs) == (4, len(kept.margins))
     assert kept.metrics()["rm/heldout_accuracy"] == anew.accuracy
+    shorter = [
+        (len(worse) > len(better)) + 0.5 * (len(worse) == len(better))
+        for ranked, ranks in zip(work.heldout.responses, work.heldout.ranks, strict=True)
+        for better, r in zip(ranked, ranks, strict=True)
+        for worse, s in zip(ranked, ranks, strict=True)
+        if r < s
+    ]
+    assert kept.shorter_accuracy == pytest.approx(np.mean(shorter)) and 0 < np.mean(shorter) < 1
