@@ -38,7 +38,10 @@ class Call:
         if isinstance(error, RayActorError):
             return WorkerDied(f"{self.worker} died during `{self.verb}`{self._tail()}")
         cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-        return WorkerError(f"{self.worker} failed in `{self.verb}`: {type(cause).__name__}: {cause}")
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        its_log = f" (its log: {self.log})" if self.log else ""
+        return WorkerError(f"{self.worker} failed in `{self.verb}`: {type(cause).__name__}: {cause}{its_log}")
 
     def _tail(self) -> str:
         if self.log is None or not self.log.is_file():

@@ -32,6 +32,7 @@ class GenerationWorker:
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
 
         return AsyncEngineArgs(
             model=self._model_path,
@@ -39,6 +40,8 @@ class GenerationWorker:
             max_model_len=self._context,
             max_num_seqs=self._cfg.max_num_seqs,
             enforce_eager=self._cfg.enforce_eager,
+            # After part of a prompt vLLM winds a seeded request's generator back, which only GPU generators can.
+            enable_chunked_prefill=False if current_platform.is_cpu() else None,
             kv_cache_memory_bytes=self._cfg.kv_cache_memory,
             gpu_memory_utilization=0.3,  # unused beside kv_cache_memory_bytes, but the CPU build checks it at start
             tensor_parallel_size=self._cfg.tensor_parallel,

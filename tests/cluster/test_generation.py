@@ -16,6 +16,7 @@ from typing import Any
 
 import laws
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -116,6 +117,16 @@ async def eos_stays_as_the_last_token(bench: Bench) -> None:
     assert all(ids[-1] == EOS and EOS not in ids[:-1] for ids in ended)
 
 
+async def prompts_that_do_not_fit_one_step_are_all_answered(bench: Bench) -> None:
+    """16 run at once, of 260 tokens each: more than the engine takes in one step, so some wait."""
+    members = laws.members(32)
+    long = pa.array([np.resize(ids, 260).tolist() for ids in members.prompt_ids], Members.COLUMNS["prompt_ids"].type)
+    place = members.table.column_names.index("prompt_ids")
+    found = await bench.sampled(Members(members.table.set_column(place, "prompt_ids", long)))
+    assert sorted(found.sample_id) == sorted(members.sample_id)
+    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < TOLERANCE
+
+
 async def ignoring_eos_gives_the_exact_length(bench: Bench) -> None:
     found = await bench.with_config(laws.members(16), ignore_eos=True, max_response_tokens=40)
     assert [len(ids) for ids in found.response_ids] == [40] * 16
@@ -168,6 +179,7 @@ CHECKS = (
     gives_a_seed_its_response_in_any_company,
     logprobs_are_the_learners,
     eos_stays_as_the_last_token,
+    prompts_that_do_not_fit_one_step_are_all_answered,
     ignoring_eos_gives_the_exact_length,
     a_damaged_snapshot_is_refused_and_the_old_weights_serve,
     received_weights_are_sampled_from,
