@@ -13,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -95,17 +96,23 @@ def _check_keys(overrides: Sequence[str]) -> None:
     """Unknown keys and choices get a better sentence than Hydra's: the nearest known ones."""
     groups = {path.name for path in conf_directory().iterdir() if path.is_dir()}
     known = [*_keys(RunConfig()), *groups]
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(_one_sentence(error)) from error
-    for override in parsed:
+    for override in map(_parsed, overrides):
         key = override.key_or_group
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         if key in groups and isinstance(override.value(), str) and override.value() not in _choices(key):
             raise ConfigError(f"{key}={override.value()}: there is no such {key}; there are {', '.join(_choices(key))}")
+
+
+def _parsed(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(f"{text!r} cannot be read; an override is KEY=VALUE, as in ppo.kl.coef=0.05") from error
+    if override.is_delete():
+        raise ConfigError(f"{text!r} would remove a key, but every key has a value; set it: KEY=VALUE")
+    return override
 
 
 def _one_sentence(error: Exception) -> str:

@@ -160,7 +160,7 @@ def _token_lengths(pool: Pool, tokenizer: Tokenizer) -> dict[str, Lengths]:
 
 
 def _lines(report: CheckReport) -> Iterable[str]:
-    yield f"{report.path}: {report.kind}, {KINDS[report.kind]}"
+    yield f"{report.path}: {KINDS[report.kind]}"
     yield f"{'rows':<10}{report.rows:,}; columns {', '.join(report.columns) or 'none'}"
     yield f"{'usable':<10}{', '.join(f'{count:,} {name}' for name, count in report.usable.items()) or 'none'}"
     if report.k:

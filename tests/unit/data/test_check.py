@@ -61,7 +61,7 @@ def test_a_report_counts_everything_and_stops_at_nothing(tmp_path: Path) -> None
 def test_the_text_by_hand(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "a"}, {"prompt": " "}])
     assert str(check(path)).splitlines() == [
-        f"{path}: prompts, prompts for PPO (data.prompts)",
+        f"{path}: prompts for PPO (data.prompts)",
         "rows      3; columns prompt",
         "usable    1 prompts",
         "dropped   2",
