@@ -11,9 +11,7 @@ from rlhf_cluster.storage.run_directory import RunLayout
 
 def result_policy(run_dir: Path) -> Path:
     """The newest policy of a run: PPO's last checkpoint, else what SFT made. Raises ConfigError where there is none."""
-    layout = RunLayout(run_dir)
-    if not layout.holds_run:
-        raise ConfigError(f"{run_dir} holds no run; name the directory that `rlhf-cluster run` wrote")
+    layout = _layout(run_dir)
     if checkpoint := Checkpoints(layout.checkpoints).latest():
         return checkpoint.path / "policy"
     if trained := layout.stage_output("sft"):
@@ -23,4 +21,11 @@ def result_policy(run_dir: Path) -> Path:
 
 def result_config(run_dir: Path) -> RunConfig:
     """The resolved config that the run was started with."""
-    return load_file(RunLayout(run_dir).resolved_config)
+    return load_file(_layout(run_dir).resolved_config)
+
+
+def _layout(run_dir: Path) -> RunLayout:
+    layout = RunLayout(run_dir)
+    if not layout.holds_run:
+        raise ConfigError(f"{run_dir} holds no run; name the directory that `rlhf-cluster run` wrote")
+    return layout

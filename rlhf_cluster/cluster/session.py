@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -20,16 +22,31 @@ def ray_session(cfg: ClusterConfig, at_once: Mapping[str, Mapping[str, Resources
     `at_once` gives, for each stage, the roles that run at the same time. A local Ray starts with as many logical CPUs
     as the hungriest stage asks, since there CPUs only count workers; `threads` says what they compute with.
     """
-    cpus = max(_total(roles, "num_cpus") for roles in at_once.values())
-    if cfg.address == "local":
-        _start_local(cfg, max(int(cpus) + 2, os.cpu_count() or 1))
-    else:
-        ray.init(address=cfg.address, log_to_driver=False, logging_level=logging.WARNING)
+    with _sigterm_kept():
+        _connect(cfg, at_once)
     try:
         _refuse_impossible(at_once)
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """`ray.init` takes SIGTERM twice over, in Python and in native code, and both ways end the process without
+    clean-up: whoever handled the signal before gets it again."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _connect(cfg: ClusterConfig, at_once: Mapping[str, Mapping[str, Resources]]) -> None:
+    cpus = max(_total(roles, "num_cpus") for roles in at_once.values())
+    if cfg.address == "local":
+        _start_local(cfg, max(int(cpus) + 2, os.cpu_count() or 1))
+    else:
+        ray.init(address=cfg.address, log_to_driver=False, logging_level=logging.WARNING)
 
 
 def _start_local(cfg: ClusterConfig, num_cpus: int) -> None:
