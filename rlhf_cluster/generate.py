@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_cluster.cluster.placement import Attempt, open_generation
 from rlhf_cluster.cluster.session import ray_session
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config import ConfigError, RunConfig
 from rlhf_cluster.data.batches import heldout_members
 from rlhf_cluster.data.parse import parse_prompt
 from rlhf_cluster.data.readers import read_rows
@@ -18,12 +18,15 @@ from rlhf_cluster.data.tokenize import encode_prompts
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.results import result_config, result_policy
+from rlhf_cluster.storage.durable import replace_text
 from rlhf_cluster.telemetry.quiet import driver_log
 
 
 def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> None:
     """One JSON object per prompt, in the file's order: prompt id, response, finish reason."""
     cfg, policy = result_config(run_dir), result_policy(run_dir)
+    if output and not output.resolve().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no directory {output.resolve().parent}; make it first")
     tokenizer = load_tokenizer(policy)
     rows = [parse_prompt(row) for row in read_rows(str(prompts_file))]
     prompts = encode_prompts(rows, tokenizer, cfg.data.max_prompt_tokens).record
@@ -35,7 +38,10 @@ def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> None:
     ):
         rollouts = asyncio.run(_sample(cfg, policy, members, logs))
     lines = [_answer(rollouts, row, tokenizer) for row in range(len(rollouts))]
-    (output.open("w", encoding="utf-8") if output else sys.stdout).write("".join(lines))
+    if output:
+        replace_text(output, "".join(lines), "the answers")
+    else:
+        sys.stdout.write("".join(lines))
 
 
 async def _sample(cfg: RunConfig, policy: Path, members: Members, logs: Path) -> Rollouts:

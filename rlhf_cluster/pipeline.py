@@ -118,9 +118,10 @@ def roles_at_once(cfg: RunConfig) -> dict[str, dict[str, Resources]]:
             **({} if cfg.ppo.kl.kind == "none" else {"reference": cfg.reference.resources}),
         },
     }
-    if cfg.rm.ranking.labeler:
-        together["ranking"] = {"generation": cfg.generation.resources}
-    return {stage: roles for stage, roles in together.items() if stage in cfg.stages or stage == "ranking"}
+    of_run = {stage: roles for stage, roles in together.items() if stage in cfg.stages}
+    if rm.STAGE in cfg.stages and cfg.rm.ranking.labeler:
+        of_run["ranking"] = {"generation": cfg.generation.resources}
+    return of_run
 
 
 @contextmanager
@@ -180,9 +181,9 @@ def run_rm(run: Run) -> None:
             output / "reward_model",
         )
         _on_ranks(run, rm.STAGE, rm.train, job, run.cfg.rm.resources)
-        evaluation = rm.read_evaluation(job.output)
-    run.metrics.log(rm.STAGE, job.steps(), evaluation.metrics())
-    write_calibration(run.directory.path, calibration(evaluation.margins))
+        evaluation = rm.read_evaluation(job.output)  # on record before the stage counts as finished
+        run.metrics.log(rm.STAGE, job.steps(), evaluation.metrics())
+        write_calibration(run.directory.path, calibration(evaluation.margins))
     run.progress.note(f"reward model: {evaluation}")
 
 

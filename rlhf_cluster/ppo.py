@@ -6,7 +6,8 @@ prompts -> generation -> scoring || reference -> learner: add ... update -> publ
            per rollout, as each one ends
 
 One loop for every degree of asynchrony: `max_staleness + 1` batches are open at once, and with 0 each batch is sampled
-from the policy that it then updates. A batch's members are fixed when it opens, so arrival order changes nothing.
+from the policy that it then updates. A batch's members are fixed when it opens, so arrival order changes nothing then;
+beyond 0 the time of its arrival decides which of the versions in between evaluates a row.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ async def collect(rooms: Rooms, step: int, members: Members, timer: Timer) -> Sc
         with timer("gen"):
             async for rollouts in rooms.generation.sample(members):
                 rows.append(evaluating.create_task(evaluate(rooms, step, rollouts, timer)))
-    return ScoredRollouts.concat([row.result() for row in rows])
+    scored = [row.result() for row in rows]
+    return type(scored[0]).concat(scored)
 
 
 async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, timer: Timer) -> ScoredRollouts:

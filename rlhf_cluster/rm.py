@@ -96,10 +96,11 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
     dtype, attention = resolve_dtype(job.model.dtype), resolve_attention(job.model.attention)
     model = ScalarHeadModel.from_policy(job.policy_path, None, attention, job.seed, job.cfg.layers)
     engine = TrainEngine(model, job.cfg.engine, job.cfg.optimizer, dtype, ranks)
+    total = job.steps()
     for step, prompts in enumerate(job.batches()):
         began = time.perf_counter()
         metrics = gradient(engine, job, prompts)
-        rate = learning_rate(job.cfg.optimizer, step, job.steps())
+        rate = learning_rate(job.cfg.optimizer, step, total)
         metrics |= {"rm/grad_norm": engine.step(rate), "rm/lr": rate, "timing_s/step": time.perf_counter() - began}
         if ranks.rank == 0:
             report(step, metrics)

@@ -69,10 +69,11 @@ def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
     dtype = resolve_dtype(job.model.dtype)
     policy = load_policy(job.base_path, None, resolve_attention(job.model.attention))
     engine = TrainEngine(PolicyModule(policy, logprobs_from_logits), job.cfg.engine, job.cfg.optimizer, dtype, ranks)
+    total = job.steps()
     for step, rows in enumerate(job.batches()):
         began = time.perf_counter()
         loss, tokens = gradient(engine, job, rows)
-        rate = learning_rate(job.cfg.optimizer, step, job.steps())
+        rate = learning_rate(job.cfg.optimizer, step, total)
         norm = engine.step(rate)
         if ranks.rank == 0:
             seconds = time.perf_counter() - began

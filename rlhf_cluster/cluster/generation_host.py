@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import ray
 
 from rlhf_cluster.cluster.hosts import Hosted
+from rlhf_cluster.cluster.waits import Call, answer
 from rlhf_cluster.generation.worker import GenerationWorker
 from rlhf_cluster.weights.snapshot import Snapshot, store_directory
+
+CHUNK, CHUNK_DEADLINE_S = Call("weight store", "chunk"), 60.0
 
 
 class GenerationHost(Hosted, GenerationWorker):
@@ -32,8 +36,8 @@ class GenerationHost(Hosted, GenerationWorker):
         path = directory / f"v{snapshot.version}.safetensors"
         with open(path, "wb") as file:
             index = 0
-            while chunk := await store.chunk.remote(snapshot.version, index):
-                file.write(chunk)
+            while chunk := await answer(store.chunk.remote(snapshot.version, index), CHUNK, CHUNK_DEADLINE_S):
+                await asyncio.to_thread(file.write, chunk)  # rollouts go on leaving meanwhile
                 index += 1
         return Snapshot(snapshot.version, str(path), snapshot.bytes, snapshot.digest)
 

@@ -27,7 +27,7 @@ RUN_FROM_CONFIG = ("python", "-m", "rlhf_cluster.cli", "run", "--config", RESOLV
 
 REQUEST_DEADLINE_S = 60.0  # one answer of the head node; the first job on a node waits for its agent
 END_DEADLINE_S = 90.0  # from a job's last log line, or from `stop`, to its final state
-STOP_WAIT_S = 60  # what a stopped driver has for its checkpoint; Ray's own 3 s are too few
+STOP_WAIT_S = 60  # what a stopped driver has to end its workers; Ray's own 3 s are too few
 SILENCE_S = 20.0  # without a log line for so long, the head node is asked whether the job still runs
 POLL_S = 0.5
 RECONNECTS = 5  # lost log streams in a row that are taken up again

@@ -36,9 +36,11 @@ def _sigterm_kept() -> Iterator[None]:
     """`ray.init` takes SIGTERM twice over, in Python and in native code, and both ways end the process without
     clean-up: whoever handled the signal before gets it again."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(cfg: ClusterConfig, at_once: Mapping[str, Mapping[str, Resources]]) -> None:
@@ -72,7 +74,15 @@ def _total(roles: Mapping[str, Resources], field: str) -> float:
 def _refuse_impossible(at_once: Mapping[str, Mapping[str, Resources]]) -> None:
     """Ray would leave such actors pending for ever, without a word."""
     total = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for stage, roles in at_once.items():
+        for name, one in roles.items():
+            needed = {"CPU": one.num_cpus, "GPU": one.num_gpus, "memory": float(one.memory)}
+            if not any(all(has.get(kind, 0.0) >= asked for kind, asked in needed.items()) for has in nodes):
+                wish = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items() if amount)
+                raise ConfigError(
+                    f"a worker of {name} asks for {wish}, which none of {len(nodes)} nodes has; lower {name}.resources"
+                )
         for kind, field in (("CPU", "num_cpus"), ("GPU", "num_gpus"), ("memory", "memory")):
             asked, has = _total(roles, field), total.get(kind, 0.0)
             if asked > has:

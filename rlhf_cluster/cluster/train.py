@@ -24,12 +24,18 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._reports: list[tuple[int, dict[str, float]]] = []
+        self._started = 0
+
+    def start(self) -> None:
+        """A rank has joined the others."""
+        self._started += 1
 
     def put(self, step: int, metrics: dict[str, float]) -> None:
         self._reports.append((step, metrics))
 
-    def since(self, count: int) -> list[tuple[int, dict[str, float]]]:
-        return self._reports[count:]
+    def since(self, count: int) -> tuple[int, list[tuple[int, dict[str, float]]]]:
+        """(ranks that have started, the reports after the first `count`)"""
+        return self._started, self._reports[count:]
 
 
 def train_on_ranks(
@@ -97,7 +103,9 @@ def _on_rank(config: dict[str, Any]) -> None:
         config["mailbox"].put.remote(step, dict(metrics))
 
     train, job = get(config["work"], Call("object store", "job"), 300)
-    train(adopt_ranks(), job, report)
+    ranks = adopt_ranks()
+    config["mailbox"].start.remote()
+    train(ranks, job, report)
 
 
 def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
@@ -114,22 +122,25 @@ def _follow(
     stage: str,
     on_report: Callable[[int, Mapping[str, float]], None],
 ) -> None:
-    """Passes reports on until the fit ends. A first report must come within `start_timeout_s`, each next one within
+    """Passes reports on until the fit ends. Ranks must start within `start_timeout_s`, each report must come within
     `call_timeout_s`."""
-    seen, last = 0, time.monotonic()
+    seen, started, last = 0, 0, time.monotonic()
     while True:
         running = fitting.is_alive()
-        fresh = get(mailbox.since.remote(seen), Call("mailbox", "since"), cfg.call_timeout_s)
+        before = started
+        started, fresh = get(mailbox.since.remote(seen), Call("mailbox", "since"), cfg.call_timeout_s)
         for step, metrics in fresh:
             on_report(step, metrics)
         seen += len(fresh)
-        if fresh:
+        if fresh or started > before:
             last = time.monotonic()
         if not running:
             return
-        limit = cfg.call_timeout_s if seen else cfg.start_timeout_s
+        limit = cfg.call_timeout_s if started else cfg.start_timeout_s
         if time.monotonic() - last > limit:
-            raise WorkerError(f"stage {stage} made no progress for {limit:g} s after {seen} reports")
+            raise WorkerError(
+                f"stage {stage} made no progress for {limit:g} s, {started} ranks started, {seen} steps reported"
+            )
         fitting.join(POLL_S)
 
 

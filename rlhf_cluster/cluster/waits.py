@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 LOG_LINES = 12
 
@@ -54,7 +54,7 @@ def get(reference: Any, call: Call, deadline_s: float) -> Any:
     """Waits, in a thread that may block."""
     try:
         return ray.get(reference, timeout=deadline_s)
-    except (GetTimeoutError, RayActorError, RayTaskError) as error:
+    except RayError as error:
         raise call.failed(error, deadline_s) from error
 
 
@@ -62,7 +62,7 @@ async def answer(reference: Any, call: Call, deadline_s: float) -> Any:
     """Waits, in a coroutine."""
     try:
         return await asyncio.wait_for(_awaited(reference), deadline_s)
-    except (TimeoutError, RayActorError, RayTaskError) as error:
+    except (TimeoutError, RayError) as error:
         raise call.failed(error, deadline_s) from error
 
 
@@ -78,6 +78,6 @@ async def answers(references: AsyncIterator[Any], call: Call, deadline_s: float)
             item = await asyncio.wait_for(_awaited(await asyncio.wait_for(anext(stream), deadline_s)), deadline_s)
         except StopAsyncIteration:
             return
-        except (TimeoutError, RayActorError, RayTaskError) as error:
+        except (TimeoutError, RayError) as error:
             raise call.failed(error, deadline_s) from error
         yield item

@@ -238,7 +238,7 @@ class RunConfig:
     seed: int = 0
     stages: list[str] = field(default_factory=lambda: ["sft", "rm", "ppo"])
     resume: str = "auto"  # auto: continue what the directory holds; never: refuse a directory that holds a run
-    policy_path: str = ""  # where stage rm or ppo starts from when sft is not among the stages
+    policy_path: str = ""  # the policy that the first stage starts from; empty: the base model
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)

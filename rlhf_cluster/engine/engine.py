@@ -24,6 +24,10 @@ from rlhf_cluster.engine.settings import deepspeed_settings, effective_stage
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class EngineError(RuntimeError):
+    """A step that must not be taken."""
+
+
 class TrainEngine:
     """A module under DeepSpeed at any ZeRO stage, computing in `dtype` over fp32 masters.
 
@@ -66,13 +70,14 @@ class TrainEngine:
         self._reset_moments()
         for name, parameter in self.module.named_parameters():
             if name in begun:
-                self._set_master(parameter, begun[name])
+                self._set_master(parameter, begun.pop(name).float())
 
     def _clip(self, *_: Any) -> None:
         """Runs after the gradients are reduced and before the weights move: the norm is that of all ranks."""
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
         limit = self._max_grad_norm if self._max_grad_norm > 0 else math.inf
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        _require_finite(self._grad_norm)
 
     def _reset_moments(self) -> None:
         """Optimizer state exists from the start, at step 0 for every stage (stage 3 would begin at step 1)."""
@@ -101,12 +106,16 @@ class TrainEngine:
         self._engine.backward(loss * self.ranks.world, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """One optimizer step at learning rate `lr`; returns the all-rank gradient norm before clipping."""
+        """One optimizer step at learning rate `lr`; returns the all-rank gradient norm before clipping.
+
+        Raises EngineError where that is not finite; no weight has moved then (above stage 0 DeepSpeed skips the step).
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        norm = self._grad_norm if self.stage == 0 else self._engine.get_global_grad_norm()
-        return float(norm)
+        norm = float(self._grad_norm if self.stage == 0 else self._engine.get_global_grad_norm())
+        _require_finite(norm)
+        return norm
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor in the training dtype) of every parameter, one at a time. A collective at stage 3."""
@@ -182,7 +191,14 @@ class TrainEngine:
 
 
 def _masters_beyond(dtype: torch.dtype, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """fp32 copies of the weights that `dtype` would round."""
+    """The weights that `dtype` would round, as they are before the module is cast (which leaves this storage alone)."""
     if dtype == torch.float32:
         return {}
-    return {name: p.detach().float().clone() for name, p in module.named_parameters() if p.dtype != dtype}
+    return {name: p.detach() for name, p in module.named_parameters() if p.dtype != dtype}
+
+
+def _require_finite(norm: float) -> None:
+    if not math.isfinite(norm):
+        raise EngineError(
+            f"the gradient norm is {norm}, so no step was taken; look at the batch's scores and rewards, or lower lr"
+        )

@@ -43,11 +43,12 @@ async def sample_heldout(
 ) -> HeldOut:
     """Samples every member from the policy that generation serves now. Without `gold`, the reward's score is the
     gold."""
-    parts = []
-    async for rollouts in rooms.generation.sample(members):
-        parts.append(asyncio.create_task(_scored(rooms, rollouts)))
-    arrived = ScoredRollouts.concat([await part for part in parts])
-    arrived = type(await parts[0])(arrived.table)
+    scoring: list[asyncio.Task[ScoredRollouts]] = []
+    async with asyncio.TaskGroup() as side_by_side:
+        async for rollouts in rooms.generation.sample(members):
+            scoring.append(side_by_side.create_task(_scored(rooms, rollouts)))
+    parts = [task.result() for task in scoring]
+    arrived = type(parts[0]).concat(parts)
     place = {sample_id: row for row, sample_id in enumerate(arrived.sample_id)}
     scored = arrived.take([place[sample_id] for sample_id in members.sample_id])
     scores = scored.score.tolist() if gold is None else list(gold([text(ids) for ids in scored.response_ids]))

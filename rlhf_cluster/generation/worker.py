@@ -143,10 +143,6 @@ class GenerationWorker:
     async def version(self) -> int:
         return int(await self.engine.get_weight_version())
 
-    async def check_health(self) -> None:
-        """Raises when vLLM's engine process is dead although this worker lives."""
-        await self.engine.check_health()
-
     def stop(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()

@@ -76,6 +76,13 @@ class LearnerWorker:
             self._open.setdefault(step, OpenBatch(plan))
         return plan.owners
 
+    def _require_whole(self, step: int) -> None:
+        """A batch that lost rows would train on fewer without a word."""
+        batch = self._open[step]
+        own = {sample_id for sample_id, rank in batch.plan.owners.items() if rank == self._ranks.rank}
+        if missing := own - batch.rows.keys():
+            raise LearnerError(f"batch {step} lacks {len(missing)} of {len(own)} rows of rank {self._ranks.rank}")
+
     def _is_done(self, step: int) -> bool:
         """Whether this call repeats one whose answer got lost: the last update was this step's."""
         return self._last is not None and self._last.step == step
@@ -105,6 +112,7 @@ class LearnerWorker:
             return self._last
         if step not in self._open:
             raise LearnerError(f"update of batch {step}, but the open batches are {sorted(self._open)}")
+        self._require_whole(step)
         batch = self._open.pop(step)
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
         experience = make_experience(rows, self._ppo, kl_coef, self._ranks)
@@ -122,6 +130,8 @@ class LearnerWorker:
     def publish(self, version: int, directory: str) -> Snapshot | None:
         """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A
         collective."""
+        if version != self._version:
+            raise LearnerError(f"the policy is version {self._version}, it cannot be published as {version}")
         weights = PolicyModule.hf_names(self._models.policy.weights_on_rank_0())
         return write_snapshot(Path(directory), version, weights) if self._ranks.rank == 0 else None
 

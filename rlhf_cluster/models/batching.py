@@ -134,8 +134,8 @@ def micro_batches(prompts: Ids, responses: Ids, rows: Rows, tokens_per_micro_bat
     A row that is longer than the limit gets a batch of its own. Raises ModelError for a sequence without a prompt: the
     hidden state before its first token would be another sequence's.
     """
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
+    for index in (s for row in rows for s in row):
+        if not len(prompts[index]):
             raise ModelError(f"sequence {index} has an empty prompt; give it at least one token")
     lengths = [sum(len(prompts[s]) + len(responses[s]) for s in row) for row in rows]
     order = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))

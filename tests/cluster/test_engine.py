@@ -6,6 +6,8 @@ Real processes over gloo on the loopback. One start per number of ranks runs all
 from __future__ import annotations
 
 import json
+import math
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from rlhf_cluster.config import EngineConfig, OptimizerConfig
-from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.engine.engine import EngineError, TrainEngine
 from rlhf_cluster.engine.ranks import Ranks, join_ranks, leave_ranks
 from rlhf_cluster.learner.state import load_state, save_state
 from rlhf_cluster.telemetry.quiet import quiet_libraries
@@ -89,11 +91,20 @@ def one_case(stage: int, dtype: str, ranks: Ranks, state: Path) -> dict[str, Any
     load_state({"net": again}, state)
     steps = again.optimizer_steps
     advance(again, range(SAVED_AFTER, STEPS))
+    broken = start(stage, dtype, ranks)
+    broken.backward(broken(torch.full((1, 8), math.nan, dtype=broken.dtype)).float().sum())
+    try:
+        broken.step(LR)
+        refused = "nothing"
+    except EngineError as error:
+        refused = str(error)
     tiny_steps = start(stage, dtype, ranks)
     advance(tiny_steps, range(STEPS), lr=1e-6)
     return {
         "distance": distance(weights(engine), dict(reference.named_parameters())),
         "norm_error": max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True)),
+        "refused": refused,
+        "moved_by_nan": distance(begun, masters(broken)),
         "rounded_at_start": distance(begun, dict(network().named_parameters())),
         "moved": distance(begun, masters(engine)),
         "moved_by_tiny_steps": distance(begun, masters(tiny_steps)),
@@ -153,6 +164,15 @@ def test_a_stage_is_plain_adamw(found: dict[int, Any], world: int, stage: int, d
 def test_bfloat16_keeps_float32_masters(found: dict[int, Any], world: int, stage: int) -> None:
     """Steps of 1e-6 on weights of about 0.3 are lost in bfloat16, whose neighbours there lie 1e-3 apart."""
     assert 2e-6 < found[world][f"{stage} bfloat16"]["moved_by_tiny_steps"] < 5e-6
+
+
+@pytest.mark.parametrize(("world", "stage", "dtype"), CASES)
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_said(
+    found: dict[int, Any], world: int, stage: int, dtype: str
+) -> None:
+    case = found[world][f"{stage} {dtype}"]
+    assert re.match(r"the gradient norm is (nan|inf|-inf), so no step was taken", case["refused"]), case["refused"]
+    assert case["moved_by_nan"] == 0.0
 
 
 @pytest.mark.parametrize(("world", "stage", "dtype"), CASES)

@@ -181,13 +181,15 @@ def test_a_random_reward_and_no_network_but_the_loopback(smoke: tuple[Path, Ende
 def test_without_a_penalty_there_is_no_reference_worker(smoke: tuple[Path, Ended], user: User, tmp_path: Path) -> None:
     stages = smoke[0] / "stages"
     paths = (f"policy_path={stages / 'sft' / 'policy'}", f"reward.path={stages / 'rm' / 'reward_model'}")
-    ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", "stages=[ppo]", *paths, "ppo.steps=2", "kl=none")
+    ahead = ("ppo.steps=3", "ppo.max_staleness=1")  # one step off, on real rooms
+    ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", "stages=[ppo]", *paths, *ahead, "kl=none")
     assert (ended.code, ended.err) == (0, "")
     assert not list((tmp_path / "run").rglob("reference*"))
     assert "ref_logprobs" not in pq.read_table(tmp_path / "run" / "rollouts" / "step-1.parquet").column_names
     assert json.loads((tmp_path / "run" / "comparison.json").read_text())["kl_mean"] is None
     for _, metrics in iterations(tmp_path / "run", "ppo"):
         assert metrics["objective/rlhf_reward"] == pytest.approx(metrics["objective/scores"], abs=1e-5)
+        assert 0 <= metrics["rollout/staleness"] <= 1
     require_clean(user, tmp_path / "run")
 
 
@@ -213,7 +215,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 def test_a_gpt2_goes_through_the_three_stages(gpt2: Path, user: User, tmp_path: Path) -> None:
-    asked = ("model=pretrained", f"model.path={gpt2}", "model.dtype=float32", "ppo.steps=2")
+    """SFT and the reward model on two ranks each."""
+    two = ("sft.resources.workers=2", "rm.resources.workers=2", "sft.engine.zero_stage=3", "rm.engine.zero_stage=2")
+    asked = ("model=pretrained", f"model.path={gpt2}", "model.dtype=float32", "ppo.steps=2", *two)
     ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", *asked)
     assert (ended.code, ended.err) == (0, "")
     require_complete(tmp_path / "run", steps=2)

@@ -221,11 +221,8 @@ def test_checkpoints_every_so_often_and_at_the_end(tmp_path: Path, save_every: i
 def test_a_resumed_run_does_the_steps_that_were_left(tmp_path: Path, max_staleness: int) -> None:
     whole = RunOfLoop(tmp_path / "whole")(max_staleness=max_staleness)
     rest = RunOfLoop(tmp_path / "rest", FakeRooms(version=3))(start=3, max_staleness=max_staleness)
-    assert (
-        rest.fakes.events.of("begin", "update")
-        == [event for event in whole.fakes.events.of("begin", "update") if event[1] >= 3]
-        or max_staleness
-    )  # with open batches ahead, `begin` of 3 and 4 come before `update` of 3
+    for verb in ("begin", "update"):
+        assert rest.fakes.events.of(verb) == [event for event in whole.fakes.events.of(verb) if event[1] >= 3]
     assert rest.fakes.learner.trained == {step: members(step) for step in (3, 4)}
     for step in (3, 4):
         same = ["sample_id", "response_ids", "seed"]

@@ -171,6 +171,16 @@ def test_an_update_gives_the_next_version_and_closes_its_batch(start: Start) -> 
         worker.add(7, rows(7), 0, 1)
 
 
+def test_a_batch_that_lost_rows_is_not_trained_on(start: Start) -> None:
+    worker = start()
+    worker.begin(0, rows().sample_id)
+    worker.add(0, rows(), 0, COUNT - 2)
+    before = weights(worker)
+    with pytest.raises(LearnerError, match=f"batch 0 lacks 2 of {COUNT} rows of rank 0"):
+        worker.update(0, 0.02)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(worker).items())
+
+
 def test_a_saved_learner_goes_on_bit_by_bit(start: Start, tmp_path: Path) -> None:
     one, other = start(), start()
     give(one, rows(0))
@@ -202,8 +212,10 @@ def test_saved_models_are_what_was_learnt(start: Start, tmp_path: Path) -> None:
 
 def test_published_weights_are_the_policys(start: Start, tmp_path: Path) -> None:
     worker = start()
-    snapshot = worker.publish(3, str(tmp_path))
-    assert snapshot is not None and snapshot.version == 3
+    with pytest.raises(LearnerError, match="the policy is version 0, it cannot be published as 3"):
+        worker.publish(3, str(tmp_path))
+    snapshot = worker.publish(0, str(tmp_path))
+    assert snapshot is not None and snapshot.version == 0
     published, own = load_file(snapshot.path), weights(worker)
     assert {f"policy/model.{name}" for name in published} == {name for name in own if name.startswith("policy/")}
     assert all(torch.equal(tensor, own[f"policy/model.{name}"]) for name, tensor in published.items())
