@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check lint format types test test-long test-soak bench pins clean
+.PHONY: help setup quickstart check lint format types test test-long bench pins clean
 
 SET ?= cpu
 BIN := .venv/bin
@@ -29,7 +29,7 @@ quickstart: setup ## the three stages on this machine, with the embedded model a
 	@$(BIN)/rlhf-cluster run recipe=quickstart
 
 check: lint types ## lint, types, unit tests, the loop on fakes, the house rules
-	@$(PYTEST) -m "not long and not soak" tests/unit tests/loop tests/test_house.py
+	@$(PYTEST) -m "not long" tests/unit tests/loop tests/test_house.py
 
 lint: setup
 	@$(BIN)/ruff check --quiet .
@@ -43,13 +43,10 @@ types: setup
 	@$(BIN)/mypy
 
 test: check ## check, then the contract, deploy and cluster tests
-	@$(PYTEST) -m "not long and not soak" tests/contract tests/deploy tests/cluster
+	@$(PYTEST) -m "not long" tests/contract tests/deploy tests/cluster
 
 test-long: setup ## the tests that take minutes
 	@$(PYTEST) -m long tests
-
-test-soak: setup ## tests that every change need not pass
-	@$(PYTEST) -m soak tests
 
 bench: setup ## end-to-end throughput: seconds by part and tokens/s, as table and JSON
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/throughput.py

@@ -82,11 +82,14 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
             progress.note(f"{cfg.name}: {', '.join(cfg.stages)} in {path} (attempt {directory.attempt})")
             if inputs.dropped:
                 progress.note(f"rows not used: {', '.join(f'{reason}: {n}' for reason, n in inputs.dropped.items())}")
-            with ray_session(cfg.cluster, roles_at_once(cfg)):
-                directory.write_config(to_yaml(cfg), overrides)  # not before: what the cluster refuses is no run yet
-                directory.write_environment(describe_environment())
-                for stage in cfg.stages:
-                    STAGES[stage](whole)
+            try:
+                with ray_session(cfg.cluster, roles_at_once(cfg)):
+                    directory.write_config(to_yaml(cfg), overrides)  # not before: what the cluster refuses is no run
+                    directory.write_environment(describe_environment())
+                    for stage in cfg.stages:
+                        STAGES[stage](whole)
+            finally:
+                directory.sweep()
             whole.timeline.write_chrome(directory.timeline)
             progress.note(f"report: {write_report(path)}")
             progress.note(f"talk to it: rlhf-cluster chat {path}")

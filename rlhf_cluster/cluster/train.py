@@ -52,7 +52,7 @@ def train_on_ranks(
     `fit` runs in a thread of its own: in the main thread it would leave a signal handler installed that later turns
     Ctrl-C into a clean exit without clean-up.
     """
-    mailbox = spawn(Mailbox, "mailbox", logs / f"{stage}-mailbox.log", Resources())
+    mailbox = spawn(Mailbox, "mailbox", logs / f"{stage}-mailbox.log", Resources(num_cpus=0.0))
     trainer = TorchTrainer(
         _on_rank,
         train_loop_config={

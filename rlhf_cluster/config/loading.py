@@ -66,7 +66,10 @@ def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
     Where a run lies, how it is shown, and on how much it computes may change when it goes on: a training state opens on
     any number of workers.
     """
-    may_change = re.compile(r"dir|resume|ppo\.(save_every|keep_checkpoints)|(logging|cluster)\..*|.*\.resources\..*")
+    may_change = re.compile(
+        r"dir|resume|ppo\.(save_every|keep_checkpoints)|(logging|cluster)\..*|.*\.resources\..*"
+        r"|.*\.(tokens_per_micro_batch|zero_stage|offload_optimizer)|generation\.(max_num_seqs|kv_cache_memory|flush_ms)"
+    )
     old = dict(_leaves(before))
     return [f"{key}={value}" for key, value in _leaves(cfg) if value != old[key] and not may_change.fullmatch(key)]
 

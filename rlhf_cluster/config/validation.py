@@ -87,6 +87,9 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
         ("rm.layers", cfg.rm.layers),
         ("ppo.save_every", cfg.ppo.save_every),
+        ("data.max_prompts", cfg.data.max_prompts),
+        ("data.max_demonstrations", cfg.data.max_demonstrations),
+        ("data.max_comparisons", cfg.data.max_comparisons),
         ("ppo.keep_checkpoints", cfg.ppo.keep_checkpoints),
     )
     for numbers, low, high, words in (

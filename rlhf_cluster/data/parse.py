@@ -32,7 +32,7 @@ from rlhf_cluster.records import ReferencedRollouts, Scores
 ROLES = ("system", "user", "assistant")
 KNOWN_COLUMNS = {"prompt", "completion", "messages", "chosen", "rejected", "completions"}
 # A prompt's own columns travel beside these through every stage, so they cannot bear the same names.
-RESERVED_COLUMNS = set(ReferencedRollouts.COLUMNS) | set(Scores.COLUMNS)
+RESERVED_COLUMNS = set(ReferencedRollouts.COLUMNS) | set(Scores.COLUMNS) | {"gold"}  # the last: held-out samples
 
 
 def parse_prompt(row: RawRow) -> PromptRow:

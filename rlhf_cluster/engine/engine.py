@@ -63,7 +63,8 @@ class TrainEngine:
         )
         settings = deepspeed_settings(engine, optimizer, dtype, ranks.world)
         begun = _masters_beyond(dtype, module)
-        self._engine, *_ = deepspeed.initialize(model=module.to(dtype), optimizer=adamw, config=settings)
+        _cast_parameters(module, dtype)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
         self._adamw: torch.optim.AdamW = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         if self.stage == 0:
             self._adamw.register_step_pre_hook(self._clip)
@@ -195,6 +196,13 @@ def _masters_beyond(dtype: torch.dtype, module: torch.nn.Module) -> dict[str, to
     if dtype == torch.float32:
         return {}
     return {name: p.detach() for name, p in module.named_parameters() if p.dtype != dtype}
+
+
+def _cast_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Buffers stay as they are: rotary frequencies rounded to bfloat16 turn by another angle than those of vLLM, the
+    reference and the scorers, the more so the later the position."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _require_finite(norm: float) -> None:

@@ -79,8 +79,7 @@ class RunDirectory(RunLayout):
         self._lock = RunLock(path / "driver.lock")
         try:
             self._make(self.config, self.rollouts, self.checkpoints, self.stages)
-            for directory in (path, self.config, self.stages):
-                durable.sweep(directory)
+            self.sweep()
             self.attempt = max(self.attempts(), default=0) + 1  # 1 for the first; each start or resume is one more
             self.attempt_logs = self.logs / f"attempt-{self.attempt}"
             self._make(self.attempt_logs)
@@ -98,6 +97,12 @@ class RunDirectory(RunLayout):
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Keeps what the run ran on: versions, cores, memory, commit; any JSON values."""
         durable.replace_text(self.environment, json.dumps(environment, indent=1) + "\n", "the environment")
+
+    def sweep(self) -> None:
+        """Removes what is half-written: of dead attempts, and, once its workers are gone, of this one. A worker that is
+        interrupted goes on writing after its driver has cleaned up."""
+        for directory in (self.path, self.config, self.stages, self.checkpoints, self.rollouts):
+            durable.sweep(directory)
 
     def log_file(self, role: str, index: int) -> Path:
         """Where worker `index` of `role` logs in this attempt."""

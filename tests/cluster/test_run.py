@@ -114,7 +114,7 @@ def test_another_config_in_the_same_directory_is_refused(smoke: tuple[Path, Ende
     assert re.fullmatch(r"rlhf-cluster: .* holds a run with another config \(here: ppo\.steps=4\).*\n", ended.err)
 
 
-INTERRUPTED_AT = ("sft: 5 iterations", "ranking: ", "rm: 3 iterations", "ppo: starting", "ppo 1/3")
+INTERRUPTED_AT = ("sft: 5 iterations", "ranking: ", "rm: 3 iterations", "ppo: starting", "ppo 2/3")
 
 
 @pytest.mark.long

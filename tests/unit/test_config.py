@@ -176,6 +176,9 @@ def test_an_absent_file_is_named(tmp_path: Path) -> None:
         "logging=tensorboard",
         "cluster.call_timeout_s=9",
         "learner.resources.workers=2",
+        "learner.engine.tokens_per_micro_batch=9",
+        "rm.engine.zero_stage=3",
+        "generation.kv_cache_memory=9",
     ],
 )
 def test_what_may_change_when_a_run_goes_on(change: str) -> None:

@@ -14,6 +14,7 @@ from rlhf_cluster.config import EngineConfig, LearnerConfig, ModelConfig, Optimi
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.worker import LearnerError, LearnerWorker
+from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
@@ -238,6 +239,21 @@ def test_without_a_reward_model_the_critic_has_a_new_head_on_the_policy(tiny: Pa
     critic = {name.removeprefix("body."): t for name, t in models.critic.full_parameters()}
     assert torch.equal(critic["layers.0.mlp.up_proj.weight"], policy["layers.0.mlp.up_proj.weight"])
     assert float(critic["score.bias"]) == 0.0
+
+
+def test_bfloat16_rounds_weights_and_not_the_rotary_frequencies(
+    tiny: Path, reward_model: Path, one_rank: Ranks
+) -> None:
+    """As vLLM, the reference and the scorers have them: `from_pretrained(dtype=...)` leaves buffers alone."""
+    model = ModelConfig(source="tiny", dtype="bfloat16", attention="eager")
+    models = ActorCritic(tiny, reward_model, LearnerConfig(), model, 0, one_rank)
+    plain = load_policy(tiny, torch.bfloat16, "eager")
+    frequencies = dict(plain.named_buffers())["model.rotary_emb.inv_freq"]
+    assert frequencies.dtype == torch.float32
+    for module in (models.policy.module, models.critic.module):
+        (own,) = [buffer for name, buffer in module.named_buffers() if name.endswith("rotary_emb.inv_freq")]
+        assert torch.equal(own, frequencies)
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
 
 
 def test_without_a_reference_the_kl_is_zero(start: Start) -> None:
