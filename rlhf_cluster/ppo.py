@@ -86,8 +86,7 @@ async def collect(rooms: Rooms, step: int, members: Members, timer: Timer) -> Sc
         with timer("gen"):
             async for rollouts in rooms.generation.sample(members):
                 rows.append(evaluating.create_task(evaluate(rooms, step, rollouts, timer)))
-    scored = [row.result() for row in rows]
-    return type(scored[0]).concat(scored)
+    return ScoredRollouts.concat([row.result() for row in rows])
 
 
 async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, timer: Timer) -> ScoredRollouts:

@@ -124,8 +124,12 @@ class Record:
 
     @classmethod
     def concat(cls, parts: Iterable[Self]) -> Self:
-        tables = [part.table for part in parts]
-        return cls(pa.concat_tables(tables, promote_options="default").combine_chunks()) if tables else cls.empty()
+        """All rows, as the type of the parts, which may promise more than `cls` does."""
+        parts = list(parts)
+        if not parts:
+            return cls.empty()
+        table = pa.concat_tables([part.table for part in parts], promote_options="default")
+        return type(parts[0])(table.combine_chunks())
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Self:
         return type(self)(self.table.take(pa.array(rows, pa.int64())))

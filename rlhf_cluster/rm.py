@@ -196,12 +196,14 @@ def evaluate(engine: TrainEngine, job: RMJob) -> RMEvaluation:
     responses = [response for ranked in heldout.responses for response in ranked]
     prompts = [heldout.prompt_ids[i] for i, ranked in enumerate(heldout.responses) for _ in ranked]
     scores = np.split(score(engine, job, prompts, responses), np.cumsum([len(r) for r in heldout.ranks])[:-1])
-    lengths = [np.array([len(response) for response in ranked]) for ranked in heldout.responses]
-    margins, by_length = (
-        [pair_margins(s, ranks) for s, ranks in zip(of_prompts, heldout.ranks, strict=True)]
-        for of_prompts in (scores, [-own for own in lengths])
-    )
-    return summarize([m for m in margins if m.size], [m for m in by_length if m.size])
+    brevity = [np.array([-len(response) for response in ranked]) for ranked in heldout.responses]
+    return summarize(margins_by_prompt(scores, heldout.ranks), margins_by_prompt(brevity, heldout.ranks))
+
+
+def margins_by_prompt(scores: Sequence[np.ndarray], ranks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """`pair_margins` of each prompt; prompts without a pair of unequal rank are left out."""
+    margins = [pair_margins(own, of_prompt) for own, of_prompt in zip(scores, ranks, strict=True)]
+    return [own for own in margins if own.size]
 
 
 def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:

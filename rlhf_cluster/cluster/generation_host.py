@@ -15,7 +15,7 @@ from rlhf_cluster.cluster.waits import Call, answer
 from rlhf_cluster.generation.worker import GenerationWorker
 from rlhf_cluster.weights.snapshot import Snapshot, store_directory
 
-CHUNK, CHUNK_DEADLINE_S = Call("weight store", "chunk"), 60.0
+FETCH, FETCH_DEADLINE_S = Call("weight store", "chunk"), 60.0
 
 
 class GenerationHost(Hosted, GenerationWorker):
@@ -36,7 +36,7 @@ class GenerationHost(Hosted, GenerationWorker):
         path = directory / f"v{snapshot.version}.safetensors"
         with open(path, "wb") as file:
             index = 0
-            while chunk := await answer(store.chunk.remote(snapshot.version, index), CHUNK, CHUNK_DEADLINE_S):
+            while chunk := await answer(store.chunk.remote(snapshot.version, index), FETCH, FETCH_DEADLINE_S):
                 await asyncio.to_thread(file.write, chunk)  # rollouts go on leaving meanwhile
                 index += 1
         return Snapshot(snapshot.version, str(path), snapshot.bytes, snapshot.digest)

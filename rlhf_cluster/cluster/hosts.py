@@ -24,6 +24,12 @@ class Host:
     log: Path
 
 
+def reserved(resources: Resources) -> dict[str, float]:
+    """What Ray sets aside for one worker, by Ray's names; what is not asked for is not in it."""
+    asked = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": float(resources.memory)}
+    return {kind: amount for kind, amount in asked.items() if amount}
+
+
 def environment(resources: Resources) -> dict[str, str]:
     """Variables that a worker process is born with.
 

@@ -7,11 +7,12 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
 
+from rlhf_cluster.cluster.hosts import reserved
 from rlhf_cluster.config import ClusterConfig, ConfigError, Resources
 
 
@@ -44,7 +45,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def _connect(cfg: ClusterConfig, at_once: Mapping[str, Mapping[str, Resources]]) -> None:
-    cpus = max(_total(roles, "num_cpus") for roles in at_once.values())
+    cpus = max(_total(roles, "CPU") for roles in at_once.values())
     if cfg.address == "local":
         _start_local(cfg, max(int(cpus) + 2, os.cpu_count() or 1))
     else:
@@ -67,8 +68,8 @@ def _start_local(cfg: ClusterConfig, num_cpus: int) -> None:
     )
 
 
-def _total(roles: Mapping[str, Resources], field: str) -> float:
-    return sum(getattr(resources, field) * resources.workers for resources in roles.values())
+def _total(roles: Mapping[str, Resources], kind: str) -> float:
+    return sum(reserved(resources).get(kind, 0.0) * resources.workers for resources in roles.values())
 
 
 def _refuse_impossible(at_once: Mapping[str, Mapping[str, Resources]]) -> None:
@@ -76,18 +77,27 @@ def _refuse_impossible(at_once: Mapping[str, Mapping[str, Resources]]) -> None:
     total = ray.cluster_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for stage, roles in at_once.items():
-        for name, one in roles.items():
-            needed = {"CPU": one.num_cpus, "GPU": one.num_gpus, "memory": float(one.memory)}
-            if not any(all(has.get(kind, 0.0) >= asked for kind, asked in needed.items()) for has in nodes):
-                wish = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items() if amount)
-                raise ConfigError(
-                    f"a worker of {name} asks for {wish}, which none of {len(nodes)} nodes has; lower {name}.resources"
-                )
-        for kind, field in (("CPU", "num_cpus"), ("GPU", "num_gpus"), ("memory", "memory")):
-            asked, has = _total(roles, field), total.get(kind, 0.0)
-            if asked > has:
-                parts = ", ".join(f"{name} {r.workers} x {getattr(r, field):g}" for name, r in roles.items())
-                raise ConfigError(
-                    f"stage {stage} asks for {asked:g} {kind} ({parts}), but the cluster has {has:g} in all; "
-                    "ask for fewer workers or add nodes"
-                )
+        for name, resources in roles.items():
+            _require_a_node(name, reserved(resources), nodes)
+        _require_room(stage, roles, total)
+
+
+def _require_a_node(name: str, needed: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> None:
+    """One worker lives on one node."""
+    if not any(all(has.get(kind, 0.0) >= amount for kind, amount in needed.items()) for has in nodes):
+        wish = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items())
+        raise ConfigError(
+            f"a worker of {name} asks for {wish}, which none of {len(nodes)} nodes has; lower {name}.resources"
+        )
+
+
+def _require_room(stage: str, roles: Mapping[str, Resources], total: Mapping[str, float]) -> None:
+    """The workers of a stage live at the same time."""
+    for kind in ("CPU", "GPU", "memory"):
+        asked, has = _total(roles, kind), total.get(kind, 0.0)
+        if asked > has:
+            parts = ", ".join(f"{name} {r.workers} x {reserved(r).get(kind, 0.0):g}" for name, r in roles.items())
+            raise ConfigError(
+                f"stage {stage} asks for {asked:g} {kind} ({parts}), but the cluster has {has:g} in all; "
+                "ask for fewer workers or add nodes"
+            )

@@ -12,7 +12,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rlhf_cluster.cluster.hosts import environment, spawn
+from rlhf_cluster.cluster.hosts import environment, reserved, spawn
 from rlhf_cluster.cluster.waits import Call, WorkerError, get
 from rlhf_cluster.config import ClusterConfig, Resources
 
@@ -67,7 +67,7 @@ def train_on_ranks(
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.num_gpus > 0,
-            resources_per_worker=_per_worker(resources),
+            resources_per_worker=reserved(resources),
         ),
         run_config=RunConfig(
             name=stage, storage_path=str(logs / "ray_train"), worker_runtime_env={"env_vars": environment(resources)}
@@ -80,11 +80,6 @@ def train_on_ranks(
     ray.kill(mailbox.actor)
     if failure:
         raise WorkerError(f"stage {stage} failed: {_cause(failure[0])}") from failure[0]
-
-
-def _per_worker(resources: Resources) -> dict[str, float]:
-    asked = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": float(resources.memory)}
-    return {kind: amount for kind, amount in asked.items() if amount}
 
 
 def _on_rank(config: dict[str, Any]) -> None:
@@ -127,13 +122,13 @@ def _follow(
     seen, started, last = 0, 0, time.monotonic()
     while True:
         running = fitting.is_alive()
-        before = started
-        started, fresh = get(mailbox.since.remote(seen), Call("mailbox", "since"), cfg.call_timeout_s)
+        joined, fresh = get(mailbox.since.remote(seen), Call("mailbox", "since"), cfg.call_timeout_s)
         for step, metrics in fresh:
             on_report(step, metrics)
         seen += len(fresh)
-        if fresh or started > before:
+        if fresh or joined > started:
             last = time.monotonic()
+        started = joined
         if not running:
             return
         limit = cfg.call_timeout_s if started else cfg.start_timeout_s

@@ -47,8 +47,7 @@ async def sample_heldout(
     async with asyncio.TaskGroup() as side_by_side:
         async for rollouts in rooms.generation.sample(members):
             scoring.append(side_by_side.create_task(_scored(rooms, rollouts)))
-    parts = [task.result() for task in scoring]
-    arrived = type(parts[0]).concat(parts)
+    arrived = ScoredRollouts.concat([task.result() for task in scoring])
     place = {sample_id: row for row, sample_id in enumerate(arrived.sample_id)}
     scored = arrived.take([place[sample_id] for sample_id in members.sample_id])
     scores = scored.score.tolist() if gold is None else list(gold([text(ids) for ids in scored.response_ids]))
