@@ -3,9 +3,10 @@
     files      the user's own prompts, demonstrations, comparisons; a bad row is refused
     sentiment  prompts and demonstrations made by the package; a labeler ranks the policy's own samples
     hh         Anthropic's preference pairs: prompts = contexts, demonstrations = chosen responses
-    oasst      Open Assistant's conversation trees: K-wise human rankings, split by tree
+    oasst      Open Assistant's conversation trees: K-wise human rankings
 
-hh and oasst are public data with known blemishes: their bad rows are dropped and counted by reason.
+Both of these are split by conversation, not by context: a later turn of a held-out conversation is never trained on.
+They are public data with known blemishes: bad rows are dropped and counted by reason.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _sentiment(cfg: DataConfig) -> Pool:
 
 
 def _hh(cfg: DataConfig) -> Pool:
-    return _dropping(Pool(Place(cfg.path), "drop"), cfg, fill_hh)
+    return _dropping(Pool(Place(cfg.path), "drop", _root), cfg, fill_hh)
 
 
 def _oasst(cfg: DataConfig) -> Pool:
@@ -76,7 +77,7 @@ def _dropping(pool: Pool, cfg: DataConfig, fill: Fill) -> Pool:
 
 
 def _root(prompt: PromptRow) -> str:
-    """The tree that a prompt belongs to, by what it begins with: two trees with one first message are one group."""
+    """The conversation that a prompt belongs to, by its first message: two that begin alike are one group."""
     return prompt_id(prompt.messages[:1])
 
 

@@ -78,6 +78,17 @@ def test_hh_drops_and_counts_what_it_cannot_use(tmp_path: Path) -> None:
     assert corpus.too_long == "drop"
 
 
+def test_hh_keeps_a_conversation_on_one_side(tmp_path: Path) -> None:
+    rows = [hh(f"q{i}", "good", "bad") for i in range(8)]
+    rows += [hh(f"q{i}\n\nAssistant: good\n\nHuman: and then?", "well", "no") for i in range(8)]
+    cfg = DataConfig(source="hh", path=write(tmp_path / "hh.jsonl", rows), heldout_prompts=3, heldout_fraction=0.25)
+    corpus = load_corpus(cfg, 0)
+    train = [*corpus.prompts, *(row.prompt for row in (*corpus.demonstrations, *corpus.comparisons))]
+    held = [*corpus.heldout_prompts, *(row.prompt for row in corpus.heldout_comparisons)]
+    assert held and {len(prompt.messages) for prompt in train} == {1, 3}
+    assert not {prompt.messages[0] for prompt in train} & {prompt.messages[0] for prompt in held}
+
+
 def test_oasst_is_split_by_tree(tmp_path: Path) -> None:
     def tree(number: int) -> dict[str, Any]:
         below = {"role": "prompter", "text": "and then?", "replies": []}
