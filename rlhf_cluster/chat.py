@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,22 +11,28 @@ from transformers import TextStreamer
 from rlhf_cluster.config import ConfigError
 from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
 from rlhf_cluster.models.tokenizer import context_length, load_tokenizer
+from rlhf_cluster.telemetry.comparison import printable
 
 
 def chat(policy: Path, max_tokens: int, temperature: float) -> None:
     """Reads turns until an empty line or end of input; the oldest turns fall out where the context ends."""
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"--temperature {temperature}: it must be 0 (always the likeliest token) or above")
     tokenizer = load_tokenizer(policy)
-    model = load_policy(policy, resolve_dtype("auto"), resolve_attention("auto"))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     limit = context_length(policy) - max_tokens
     if max_tokens < 1 or limit < 1:
-        raise ConfigError(f"--max-tokens {max_tokens}: it must be from 1 to below the context of {limit + max_tokens}")
+        raise ConfigError(
+            f"--max-tokens {max_tokens}: it must be from 1 to {limit + max_tokens - 1}, since the model reads "
+            f"{limit + max_tokens} tokens at most"
+        )
+    model = load_policy(policy, resolve_dtype("auto"), resolve_attention("auto"))
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     messages: list[dict[str, str]] = []
     print("an empty line ends the talk")
     while text := _asked():
         messages.append({"role": "user", "content": text})
         ids = _prompt(tokenizer, messages, limit)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         output = model.generate(
             torch.tensor([ids], device=model.device),
@@ -40,6 +47,13 @@ def chat(policy: Path, max_tokens: int, temperature: float) -> None:
         messages.append(
             {"role": "assistant", "content": tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)}
         )
+
+
+class _Shown(TextStreamer):
+    """Prints what is sampled as it comes, without what could steer the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def _asked() -> str:

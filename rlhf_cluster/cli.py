@@ -17,7 +17,7 @@ REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point of the console script."""
-    args = parser().parse_args(arguments)
+    args = parse(arguments)
     # DeepSpeed compiles with the ninja that is installed beside us, which is not on PATH unless the venv is activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     signal.signal(signal.SIGTERM, _as_interrupt)  # a stopped job ends as one that was interrupted: cleanly
@@ -53,6 +53,16 @@ def _told(error: BaseException) -> str:
 
 def _as_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand on both sides of an option, which argparse does not allow below a subcommand."""
+    args, left = parser().parse_known_args(arguments)
+    if any(text.startswith("-") or "overrides" not in args for text in left):
+        parser().error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.overrides += left
+    return args
 
 
 def parser() -> argparse.ArgumentParser:
@@ -172,11 +182,13 @@ def show_config(args: argparse.Namespace) -> None:
     print(to_yaml(config_of(args)), end="")
 
 
-def data_check(args: argparse.Namespace) -> None:
+def data_check(args: argparse.Namespace) -> int:
     from rlhf_cluster.data.check import check
     from rlhf_cluster.models.tokenizer import load_tokenizer
 
-    print(check(str(args.path), load_tokenizer(Path(args.model)) if args.model else None))
+    report = check(str(args.path), load_tokenizer(Path(args.model)) if args.model else None)
+    print(report)
+    return 0 if report.accepted else REFUSED
 
 
 def chat_with(args: argparse.Namespace) -> None:
@@ -192,7 +204,9 @@ def generate_file(args: argparse.Namespace) -> None:
     quiet_libraries()
     from rlhf_cluster.generate import generate
 
-    generate(args.run_dir, args.prompts, args.output)
+    answered = generate(args.run_dir, args.prompts, args.output)
+    if args.output:
+        print(f"{answered} answers in {args.output}")
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from rlhf_cluster.storage.durable import replace_text
 from rlhf_cluster.telemetry.quiet import driver_log
 
 
-def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> None:
-    """One JSON object per prompt, in the file's order: prompt id, response, finish reason."""
+def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> int:
+    """One JSON object per prompt, in the file's order: the row as it was given, with `response` and `finish_reason`
+    ("stop", or "length" where it was cut off). Returns how many."""
     cfg, policy = result_config(run_dir), result_policy(run_dir)
     if output and not output.resolve().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {output.resolve().parent}; make it first")
     tokenizer = load_tokenizer(policy)
-    rows = [parse_prompt(row) for row in read_rows(str(prompts_file))]
-    prompts = encode_prompts(rows, tokenizer, cfg.data.max_prompt_tokens).record
+    rows = list(read_rows(str(prompts_file)))
+    prompts = encode_prompts([*map(parse_prompt, rows)], tokenizer, cfg.data.max_prompt_tokens).record
     members = heldout_members(prompts, 0, 1, cfg.seed)
     logs = run_dir.resolve() / "logs" / "generate"
     with (
@@ -37,11 +39,14 @@ def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> None:
         ray_session(cfg.cluster, {"generate": {"generation": cfg.generation.resources}}),
     ):
         rollouts = asyncio.run(_sample(cfg, policy, members, logs))
-    lines = [_answer(rollouts, row, tokenizer) for row in range(len(rollouts))]
+    responses = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.response_ids]
+    answered = zip(rows, responses, rollouts.finish_reason, strict=True)
+    text = "".join(_line(row.values, response, reason) for row, response, reason in answered)
     if output:
-        replace_text(output, "".join(lines), "the answers")
+        replace_text(output, text, "the answers")
     else:
-        sys.stdout.write("".join(lines))
+        sys.stdout.write(text)
+    return len(rows)
 
 
 async def _sample(cfg: RunConfig, policy: Path, members: Members, logs: Path) -> Rollouts:
@@ -51,7 +56,6 @@ async def _sample(cfg: RunConfig, policy: Path, members: Members, logs: Path) ->
     return rollouts.take([place[sample_id] for sample_id in members.sample_id])
 
 
-def _answer(rollouts: Rollouts, row: int, tokenizer: Any) -> str:
-    response = tokenizer.decode(rollouts.response_ids[row], skip_special_tokens=True)
-    answer = {"prompt_id": rollouts.prompt_id[row], "response": response, "finish_reason": rollouts.finish_reason[row]}
-    return json.dumps(answer, ensure_ascii=False) + "\n"
+def _line(row: Mapping[str, Any], response: str, reason: str) -> str:
+    # A parquet row may hold what JSON has no word for, such as a date.
+    return json.dumps({**row, "response": response, "finish_reason": reason}, ensure_ascii=False, default=str) + "\n"

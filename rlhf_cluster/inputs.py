@@ -75,7 +75,11 @@ def encode(corpus: Corpus, cfg: RunConfig, base_path: Path, tokenizer: Any) -> I
 
 
 def _require_models(cfg: RunConfig, base_path: Path) -> None:
-    """The models that PPO is told to use are there, and speak the policy's tokens."""
+    """The models that PPO is told to use are there, speak the policy's tokens and read as many; the reward model does
+    not keep more layers than there are."""
+    layers = load_config(base_path).num_hidden_layers
+    if "rm" in cfg.stages and cfg.rm.layers > layers:
+        raise ConfigError(f"rm.layers={cfg.rm.layers}, but {base_path} has {layers} layers; lower it, or 0 for all")
     if "ppo" not in cfg.stages:
         return
     given = {}
@@ -91,6 +95,8 @@ def _require_models(cfg: RunConfig, base_path: Path) -> None:
             raise ConfigError(
                 f"{key}={path} is a model of {found} tokens, the policy's has {vocabulary}; use one with its tokenizer"
             )
+        if cfg.model.context > (limit := context_length(path)):
+            raise ConfigError(f"{key}={path} reads {limit} tokens, model.context={cfg.model.context} is more; lower it")
 
 
 def _require_data(cfg: RunConfig, inputs: Inputs) -> None:

@@ -26,7 +26,7 @@ from rlhf_cluster.data.labelers import make_labeler
 from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, sample_heldout, samples
 from rlhf_cluster.inputs import Inputs, load_inputs
-from rlhf_cluster.ranking import rank_samples, split_comparisons
+from rlhf_cluster.ranking import RankingError, rank_samples, split_comparisons
 from rlhf_cluster.records import Comparisons, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.durable import replace_text
@@ -76,6 +76,7 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
     path = Path(cfg.dir or Path("runs") / cfg.name).resolve()
     with RunDirectory(path) as directory:
         _refuse_another_run(directory, cfg)
+        directory.begin_attempt()
         with driver_log(directory.attempt_logs / "driver.log") as terminal, _metrics(cfg, directory, terminal) as shown:
             progress, metrics = shown
             whole = Run(cfg, inputs, directory, progress, metrics, Timeline())
@@ -90,7 +91,8 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                         STAGES[stage](whole)
             finally:
                 directory.sweep()
-            whole.timeline.write_chrome(directory.timeline)
+            if whole.timeline.spans:  # none where everything was finished before
+                whole.timeline.write_chrome(directory.timeline)
             progress.note(f"report: {write_report(path)}")
             progress.note(f"talk to it: rlhf-cluster chat {path}")
     return path
@@ -210,7 +212,7 @@ def _make_rankings(run: Run) -> Path:
     with run.directory.commit_stage("ranking") as output:
         comparisons = asyncio.run(_rank(run))
         if len(comparisons) < 2:
-            raise ConfigError(
+            raise RankingError(
                 f"the labeler {ranking.labeler} told the samples of {len(comparisons)} of {ranking.prompts} "
                 "prompts apart, 2 are needed; rank more prompts or lower rm.ranking.tie_margin"
             )
@@ -240,7 +242,6 @@ def run_ppo(run: Run) -> None:
 
 async def _run_ppo(run: Run) -> None:
     cfg, checkpoints = run.cfg, Checkpoints(run.directory.checkpoints, run.cfg.ppo.keep_checkpoints)
-    checkpoints.sweep()
     trained = run.output(rm.STAGE)
     reward_model = Path(cfg.reward.path) if cfg.reward.path else trained / "reward_model" if trained else None
     reference = Path(cfg.reference.path) if cfg.reference.path else run.start_policy

@@ -13,6 +13,10 @@ from rlhf_cluster.records import Comparisons, Members, Rollouts
 from rlhf_cluster.rooms import Generation
 
 
+class RankingError(RuntimeError):
+    """A labeler that tells nothing apart."""
+
+
 async def rank_samples(
     generation: Generation, members: Members, labeler: Labeler, tie_margin: float, text: Callable[[Any], str]
 ) -> Comparisons:
@@ -35,6 +39,7 @@ async def rank_samples(
 
 
 def split_comparisons(comparisons: Comparisons, heldout_fraction: float) -> tuple[Comparisons, Comparisons]:
-    """(to train on, held out); rows are in the order of hashed ids, so the cut is as good as a shuffle."""
-    heldout = math.ceil(len(comparisons) * heldout_fraction)
+    """(to train on, held out); rows are in the order of hashed ids, so the cut is as good as a shuffle. At least one
+    stays to train on."""
+    heldout = min(math.ceil(len(comparisons) * heldout_fraction), len(comparisons) - 1)
     return comparisons.slice(heldout, len(comparisons)), comparisons.slice(0, heldout)

@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from rlhf_cluster.cluster.hosts import Host
-from rlhf_cluster.cluster.waits import Call, WorkerDied, answer, answers
+from rlhf_cluster.cluster.waits import Call, WorkerDied, WorkerError, answer, answers
 from rlhf_cluster.records import Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot
 
@@ -179,7 +179,13 @@ class LearnerGroup:
         await answer(store.actor.add.remote(snapshots[0]), Call(store.name, "add", store.log), self._deadline_s)
 
     async def save(self, directory: Path) -> None:
-        await self._all("save", str(directory))
+        """Raises WorkerError where a rank wrote what cannot be seen from here: such a checkpoint would not open."""
+        for host, names in zip(self._hosts, await self._all("save", str(directory)), strict=True):
+            if missing := [name for name in names if not (directory / name).is_file()]:
+                raise WorkerError(
+                    f"{host.name} wrote {missing[0]} to {directory} on its node, where the driver does not see it; "
+                    "the run's directory (dir) must be on storage that all nodes share"
+                )
 
     async def load(self, directory: Path, version: int) -> None:
         await self._all("load", str(directory), version)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -18,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_cluster.config.tree import ConfigError, RunConfig
+from rlhf_cluster.config.tree import ConfigError, RunConfig, leaves
 from rlhf_cluster.config.validation import validate
 
 PACKAGE = Path(__file__).parents[1]
@@ -70,42 +68,42 @@ def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
         r"dir|resume|ppo\.(save_every|keep_checkpoints)|(logging|cluster)\..*|.*\.resources\..*"
         r"|.*\.(tokens_per_micro_batch|zero_stage|offload_optimizer)|generation\.(max_num_seqs|kv_cache_memory|flush_ms)"
     )
-    old = dict(_leaves(before))
-    return [f"{key}={value}" for key, value in _leaves(cfg) if value != old[key] and not may_change.fullmatch(key)]
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for f in dataclasses.fields(node):
-        value = getattr(node, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, value
+    old = dict(leaves(before))
+    return [f"{key}={value}" for key, value in leaves(cfg) if value != old[key] and not may_change.fullmatch(key)]
 
 
 def _choices(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
 
 
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    for f in dataclasses.fields(node):
-        yield prefix + f.name
-        value = getattr(node, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from _keys(value, f"{prefix}{f.name}.")
-
-
 def _check_keys(overrides: Sequence[str]) -> None:
     """Unknown keys and choices get a better sentence than Hydra's: the nearest known ones."""
     groups = {path.name for path in conf_directory().iterdir() if path.is_dir()}
-    known = [*_keys(RunConfig()), *groups]
+    keys = dict(leaves(RunConfig()))
+    sections = {".".join(parts[:depth]) for parts in (key.split(".") for key in keys) for depth in range(1, len(parts))}
     for override in map(_parsed, overrides):
-        key = override.key_or_group
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        key, value = override.key_or_group, override.value()
+        if key in groups:
+            if not isinstance(value, dict) and value not in _choices(key):
+                raise ConfigError(f"{key}={value}: there is no such {key}; there are {', '.join(_choices(key))}")
+            continue
+        if key in sections and not isinstance(value, dict):
+            within = [name for name in keys if name.startswith(f"{key}.")]
+            raise ConfigError(f"{key}={value}: {key} is a section; set a key of it, as {within[0]}")
+        if key not in keys and key not in sections:
+            near = _nearest(key, keys)
             raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-        if key in groups and isinstance(override.value(), str) and override.value() not in _choices(key):
-            raise ConfigError(f"{key}={override.value()}: there is no such {key}; there are {', '.join(_choices(key))}")
+        if isinstance(keys.get(key), list | tuple) and not isinstance(value, list):
+            raise ConfigError(f"{key}={value}: it must be a list, as {key}=[{value}]")
+
+
+def _nearest(key: str, known: Collection[str]) -> list[str]:
+    """Up to three known keys: those whose last name is this one's, or what its initials spell (learning_rate: lr), then
+    those that are spelt alike."""
+    last = key.rpartition(".")[2]
+    initials = "".join(word[:1] for word in last.split("_")) if "_" in last else last
+    named = [name for name in known if name.rpartition(".")[2] in (last, initials)]
+    return list(dict.fromkeys([*named, *difflib.get_close_matches(key, known, n=3, cutoff=0.5)]))[:3]
 
 
 def _parsed(text: str) -> Override:

@@ -5,7 +5,9 @@ Where the paper gives a value, that is the default and the comment says so. What
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 STAGES = ("sft", "rm", "ppo")
 
@@ -252,6 +254,16 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in the tree that is not a section."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
 
 
 def optimizers(cfg: RunConfig) -> list[tuple[str, OptimizerConfig]]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from rlhf_cluster.config.tree import STAGES, ConfigError, RunConfig, optimizers, roles
+from rlhf_cluster.config.tree import STAGES, ConfigError, RunConfig, leaves, optimizers, roles
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -20,6 +20,8 @@ def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
 
 def validate(cfg: RunConfig) -> RunConfig:
     """Refuses what cannot run, with the offending numbers. Returns `cfg`."""
+    for key, value in leaves(cfg):
+        _require(not isinstance(value, float) or math.isfinite(value), f"{key}={value}: it must be a finite number")
     _validate_choices(cfg)
     _validate_ranges(cfg)
     _validate_stages(cfg)
@@ -67,6 +69,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.epochs", cfg.ppo.epochs),
         ("generation.max_response_tokens", cfg.generation.max_response_tokens),
         ("generation.max_num_seqs", cfg.generation.max_num_seqs),
+        ("generation.tensor_parallel", cfg.generation.tensor_parallel),
         ("data.max_prompt_tokens", cfg.data.max_prompt_tokens),
         ("evaluation.samples_per_prompt", cfg.evaluation.samples_per_prompt),
         ("rm.ranking.prompts", cfg.rm.ranking.prompts),
@@ -85,6 +88,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.score_clip", cfg.ppo.score_clip),
         ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
         ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
+        ("seed", cfg.seed),
         ("rm.layers", cfg.rm.layers),
         ("ppo.save_every", cfg.ppo.save_every),
         ("data.max_prompts", cfg.data.max_prompts),
@@ -106,7 +110,8 @@ def _validate_ranges(cfg: RunConfig) -> None:
 
 
 def _validate_stages(cfg: RunConfig) -> None:
-    _require(re.fullmatch(r"[\w.-]+", cfg.name) is not None, f"name={cfg.name}: only letters, digits, ., _ and -")
+    named = re.fullmatch(r"[\w-][\w.-]*", cfg.name) is not None
+    _require(named, f"name={cfg.name}: only letters, digits, ., _ and -, and no . at the beginning")
     _require(bool(cfg.stages), "stages is empty; it must name at least one of sft, rm, ppo")
     order = [STAGES.index(stage) for stage in cfg.stages]
     _require(order == sorted(set(order)), f"stages={cfg.stages}: each at most once, in the order sft, rm, ppo")
@@ -122,9 +127,21 @@ def _validate_stages(cfg: RunConfig) -> None:
         )
     if cfg.data.source in ("hh", "oasst"):
         _require(bool(cfg.data.path), f"data.path is empty; data={cfg.data.source} needs the file it reads")
+    if cfg.data.source == "files":
+        _validate_files(cfg)
     _require(
         cfg.rm.ranking.responses >= 2, f"rm.ranking.responses={cfg.rm.ranking.responses}: a ranking needs 2 or more"
     )
+
+
+def _validate_files(cfg: RunConfig) -> None:
+    """Each stage reads from a file of the user's own."""
+    ranked = "prompts" if cfg.rm.ranking.labeler else "comparisons"
+    for stage, kind in (("sft", "demonstrations"), ("rm", ranked), ("ppo", "prompts")):
+        _require(
+            stage not in cfg.stages or bool(getattr(cfg.data, kind)),
+            f"data.{kind} is empty; stage {stage} needs that file with data.source=files",
+        )
 
 
 def _validate_ppo(cfg: RunConfig) -> None:
@@ -145,6 +162,11 @@ def _validate_ppo(cfg: RunConfig) -> None:
     _require(
         ppo.minibatch_size % ranks == 0,
         f"learner.resources.workers={ranks} does not divide ppo.minibatch_size={ppo.minibatch_size}",
+    )
+    parallel, gpus = cfg.generation.tensor_parallel, cfg.generation.resources.num_gpus
+    _require(
+        parallel == 1 or not gpus or parallel == gpus,
+        f"generation.tensor_parallel={parallel} differs from generation.resources.num_gpus={gpus:g}; make them equal",
     )
     needs_path = cfg.reward.kind == "model" and "rm" not in cfg.stages and not cfg.reward.path
     _require(not needs_path, "reward.path is empty and rm is not among the stages: name a reward model's directory")

@@ -36,6 +36,8 @@ KINDS: dict[str, str] = {
     "'prompt' + 'chosen' + 'rejected', or 'prompt' + 'completions'",
 }
 
+PUBLIC = ("hh", "oasst")  # whose bad rows are dropped and counted
+
 FILL: dict[str, sources.Fill] = {
     "prompts": sources.fill_prompts,
     "demonstrations": sources.fill_demonstrations,
@@ -68,12 +70,14 @@ class Lengths:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found. `usable` counts rows by record; `tokens` is empty without a tokenizer; `pairs` counts the
+    """What `check` found. `refused` counts the rows that cannot be used, for which a run would refuse the user's own
+    files. `usable` counts rows by record; `tokens` is empty without a tokenizer; `pairs` counts the
     pairs of all rankings, `tied_pairs` those without a winner; `k` is the number of rankings of each size."""
 
     path: str
     kind: str
     rows: int
+    refused: int
     columns: tuple[str, ...]
     usable: Mapping[str, int]
     dropped: Mapping[str, Dropped]
@@ -81,6 +85,11 @@ class CheckReport:
     pairs: int
     tied_pairs: int
     tokens: Mapping[str, Lengths]
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a run would take the file: something of it is usable, and of the user's own every row."""
+        return bool(self.usable) and (not self.refused or self.kind in PUBLIC)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -97,6 +106,7 @@ def check(path: str | Path, tokenizer: Tokenizer | None = None) -> CheckReport:
     tokens = _token_lengths(pool, tokenizer) if tokenizer is not None else {}
     k = Counter(len(row.ranks) for row in pool.comparisons)
     tied = sum(one == other for row in pool.comparisons for one, other in combinations(row.ranks, 2))
+    refused = sum(pool.drops.counts().values()) + (len(rows) if kind == UNKNOWN else 0)
     deduplicate(pool)
     made: dict[str, Sequence[object]] = {
         "prompts": pool.prompts,
@@ -107,6 +117,7 @@ def check(path: str | Path, tokenizer: Tokenizer | None = None) -> CheckReport:
         path=str(path),
         kind=kind,
         rows=len(rows) + unread,
+        refused=refused,
         columns=tuple(rows[0].values) if rows else (),
         usable={name: len(usable) for name, usable in made.items() if usable},
         dropped=pool.drops.by_reason,
@@ -172,3 +183,5 @@ def _lines(report: CheckReport) -> Iterable[str]:
     for reason, entry in report.dropped.items():
         yield f"{entry.count:>9,} {reason}"
         yield from (f"{'':<12}{example}" for example in entry.examples)
+    if not report.accepted:
+        yield f"a run would refuse it: {report.refused:,} of {report.rows:,} rows cannot be used"

@@ -90,12 +90,14 @@ def deduplicate(pool: Pool) -> None:
     """One prompt of each conversation; comparisons where all are tied go, since no pair of them has a winner."""
     unique: dict[str, PromptRow] = {}
     for row in pool.prompts:
-        unique.setdefault(row.id, row)
-    pool.drops.add_count(DUPLICATE, len(pool.prompts) - len(unique))
+        first = unique.setdefault(row.id, row)
+        if first is not row:
+            pool.drops.add(DataError(row.place, DUPLICATE, f"as in {first.place}"))
     pool.prompts = list(unique.values())
-    deciding = [row for row in pool.comparisons if row.decides]
-    pool.drops.add_count(ALL_TIED, len(pool.comparisons) - len(deciding))
-    pool.comparisons = deciding
+    for ranking in pool.comparisons:
+        if not ranking.decides:
+            pool.drops.add(DataError(ranking.prompt.place, ALL_TIED, f"{len(ranking.ranks)} responses of one rank"))
+    pool.comparisons = [row for row in pool.comparisons if row.decides]
 
 
 def _heldout_groups(pool: Pool, cfg: DataConfig, seed: int) -> set[str]:

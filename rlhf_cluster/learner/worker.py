@@ -135,8 +135,11 @@ class LearnerWorker:
         weights = PolicyModule.hf_names(self._models.policy.weights_on_rank_0())
         return write_snapshot(Path(directory), version, weights) if self._ranks.rank == 0 else None
 
-    def save(self, directory: str) -> None:
-        """`policy/` and `critic/` as plain Hugging Face directories in the training dtype, `state/` beside them."""
+    def save(self, directory: str) -> list[str]:
+        """`policy/` and `critic/` as plain Hugging Face directories in the training dtype, `state/` beside them.
+
+        Returns the files that this rank sees there, relative to `directory`. A collective.
+        """
         target, models = Path(directory), self._models
         policy = PolicyModule.hf_names(models.policy.weights_on_rank_0())
         critic = models.critic.weights_on_rank_0()
@@ -146,6 +149,7 @@ class LearnerWorker:
                 models.critic_config, critic, self._tokenizer, target / "critic", models.critic.dtype
             )
         save_state(self._engines, target / "state", self._ranks)
+        return [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
 
     def load(self, directory: str, version: int) -> None:
         """Restores what `save` wrote below `directory`; the policy is then `version`, and no batch is open."""

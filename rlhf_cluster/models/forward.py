@@ -86,7 +86,3 @@ class PolicyModule(nn.Module):
     def hf_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by this module's parameter names -> by their Hugging Face names."""
         return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-
-    def hf_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter once, by its Hugging Face name; a tied LM head appears as the embedding only."""
-        return dict(self.model.named_parameters())

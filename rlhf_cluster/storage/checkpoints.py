@@ -17,9 +17,9 @@ from typing import Any
 import xxhash
 
 from rlhf_cluster.storage import durable
-from rlhf_cluster.storage.durable import StorageError, require_space
+from rlhf_cluster.storage.durable import StorageError
 
-__all__ = ["COMMITTED", "MANIFEST", "Checkpoint", "Checkpoints", "StorageError", "require_space"]
+__all__ = ["COMMITTED", "MANIFEST", "Checkpoint", "Checkpoints", "StorageError"]
 
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"  # holds the manifest's digest, so that a damaged manifest is told

@@ -38,15 +38,6 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def require_space(directory: Path, needed: int) -> None:
-    """Raises StorageError when `directory` has fewer than `needed` bytes free; it need not exist yet."""
-    free = free_bytes(directory)
-    if free < needed:
-        raise StorageError(
-            f"{directory} has {free:,} bytes free and {needed:,} are needed; free some, or choose another directory"
-        )
-
-
 @contextmanager
 def full_disk_explained(path: Path, what: str) -> Iterator[None]:
     """Turns a full disk, or an exhausted quota, into a StorageError that says where, what, and how much is free."""

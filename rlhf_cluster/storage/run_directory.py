@@ -77,15 +77,19 @@ class RunDirectory(RunLayout):
         super().__init__(path)
         self._make(path)
         self._lock = RunLock(path / "driver.lock")
+        self.attempt = 0  # none begun
         try:
             self._make(self.config, self.rollouts, self.checkpoints, self.stages)
             self.sweep()
-            self.attempt = max(self.attempts(), default=0) + 1  # 1 for the first; each start or resume is one more
-            self.attempt_logs = self.logs / f"attempt-{self.attempt}"
-            self._make(self.attempt_logs)
         except BaseException:
             self._lock.release()
             raise
+
+    def begin_attempt(self) -> None:
+        """Counts this attempt: 1 for the first, each start or resume is one more. Its logs have a directory."""
+        self.attempt = max(self.attempts(), default=0) + 1
+        self.attempt_logs = self.logs / f"attempt-{self.attempt}"
+        self._make(self.attempt_logs)
 
     def write_config(self, resolved: str, overrides: Sequence[str]) -> None:
         """Keeps the resolved configuration (YAML text) and the overrides that led to it (`key=value` each)."""
@@ -104,10 +108,6 @@ class RunDirectory(RunLayout):
         for directory in (self.path, self.config, self.stages, self.checkpoints, self.rollouts):
             durable.sweep(directory)
 
-    def log_file(self, role: str, index: int) -> Path:
-        """Where worker `index` of `role` logs in this attempt."""
-        return self.attempt_logs / f"{role}-{index}.log"
-
     @contextmanager
     def commit_stage(self, name: str) -> Iterator[Path]:
         """Gives an empty directory for the output of stage `name`; on a clean exit it is that output, marked DONE.
@@ -117,6 +117,11 @@ class RunDirectory(RunLayout):
         final = self._stage(name)
         with durable.fresh_directory(final, f"the output of stage {name}") as temp:
             yield temp
+            if not any(path.is_file() for path in temp.rglob("*")):
+                raise StorageError(
+                    f"nothing of stage {name} arrived at {temp}; "
+                    "the run's directory (dir) must be on storage that all nodes share"
+                )
             for path in temp.rglob("*"):
                 if path.is_file():
                     durable.fsync_path(path)

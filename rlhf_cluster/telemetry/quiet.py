@@ -62,12 +62,6 @@ def _not_about_the_missing_gpu(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(NO_GPU)
 
 
-def log_path(run_dir: Path, attempt: int, role: str, index: int | None = None) -> Path:
-    """`logs/attempt-<n>/<role>-<i>.log` of a worker, `logs/attempt-<n>/<role>.log` where there is only one."""
-    name = role if index is None else f"{role}-{index}"
-    return run_dir / "logs" / f"attempt-{attempt}" / f"{name}.log"
-
-
 def log_to_file(path: Path) -> None:
     """Sends descriptors 1 and 2 of this process, for good, and its Python logging into `path` (appended to)."""
     _redirect(path)

@@ -48,7 +48,7 @@ PLOTS = (
     Plot("Value loss", "loss", ("critic/vf_loss",)),
     Plot("Clip fraction", "share of tokens", ("actor/pg_clipfrac", "critic/vf_clipfrac")),
     Plot("Approximate KL of the update", "nats per token", ("actor/ppo_kl",)),
-    Plot("Loss of supervised fine-tuning", "nats per token", ("sft/loss", "sft/heldout_loss")),
+    Plot("Loss of supervised fine-tuning", "nats per token", ("sft/loss",)),
     Plot("Loss of the reward model", "nats per pair", ("rm/loss",)),
     Plot("Accuracy of the reward model", "share of pairs", ("rm/accuracy",)),
     Plot("Margin of the reward model", "score difference", ("rm/margin",)),

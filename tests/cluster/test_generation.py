@@ -55,7 +55,7 @@ class Bench:
         await self.worker.receive(self.snapshot(version))
 
     def snapshot(self, version: int) -> Snapshot:
-        named = self.policies[version].hf_parameters().items()
+        named = self.policies[version].model.named_parameters()
         return write_snapshot(self.store, version, {name: tensor.detach() for name, tensor in named})
 
     async def sampled(self, members: Members) -> Rollouts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import zip_longest
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from rlhf_cluster import config
 from rlhf_cluster.config import ConfigError, RunConfig, conf_directory, differences, load, load_file, to_yaml, validate
 
 PRIMARIES = ("pipeline", "sft", "rm", "ppo")
-ANY_PATHS = ["data.path=x", "model.path=x", "policy_path=x", "reward.path=x"]
+FILES = ["data.prompts=x", "data.demonstrations=x", "data.comparisons=x"]
+ANY_PATHS = [*FILES, "data.path=x", "model.path=x", "policy_path=x", "reward.path=x"]
 GROUPS = {
     path.name: sorted(p.stem for p in path.glob("*.yaml")) for path in conf_directory().iterdir() if path.is_dir()
 }
@@ -29,6 +31,7 @@ def cfg() -> RunConfig:
     """A config that `validate` accepts."""
     tree = RunConfig()
     tree.model.source = "tiny"
+    tree.data = config.DataConfig(prompts="x", demonstrations="x", comparisons="x")
     return tree
 
 
@@ -76,7 +79,10 @@ def test_the_papers_numbers_are_the_defaults(cfg: RunConfig) -> None:
         ("+zzzzqqq=1", r"^unknown key 'zzzzqqq'$"),
         ("ppo.steps=abc", r"^ppo\.steps: Value 'abc' of type 'str' could not be converted to Integer$"),
         ("ppo.batch_size=1.5", r"^ppo\.batch_size: Value '1\.5'"),
-        ("ppo=3", r"^ppo: Invalid type assigned: int"),
+        ("ppo=3", r"^ppo=3: ppo is a section; set a key of it, as ppo\.steps$"),
+        ("ppo.learning_rate=1", r"did you mean sft\.optimizer\.lr or rm\.optimizer\.lr or learner\.policy\.lr\?$"),
+        ("stages=sft", r"^stages=sft: it must be a list, as stages=\[sft\]$"),
+        ("kl=3", r"^kl=3: there is no such kl; there are fixed, none$"),
         ("model=nope", r"^model=nope: there is no such model; there are gpt2, .*tiny$"),
         ("recipe=nope", r"^recipe=nope: there is no such recipe; there are hh, "),
         ("stages=[", r"^'stages=\[' cannot be read; an override is KEY=VALUE"),
@@ -106,6 +112,7 @@ def test_an_unknown_stage_is_refused() -> None:
         ("reward.resources.workers=0", r"reward\.resources\.workers=0: at least 1"),
         ("learner.critic.lr=0", r"learner\.critic\.lr=0: it must be above 0"),
         ("generation.temperature=0", r"generation\.temperature=0: it must be above 0"),
+        ("seed=-1", r"seed=-1: it must not be negative"),
         ("ppo.max_staleness=-1", r"ppo\.max_staleness=-1: it must be 0 or more"),
         ("ppo.epochs=0", r"ppo\.epochs=0: it must be at least 1"),
         ("rm.ranking.responses=1", r"rm\.ranking\.responses=1: a ranking needs 2 or more"),
@@ -132,7 +139,14 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
         ({"stages": ["sft", "dpo"]}, "stages=dpo: it must be one of sft, rm, ppo"),
         ({"stages": ["ppo"]}, r"reward\.path is empty and rm is not among the stages"),
         ({"model": config.ModelConfig()}, r"model\.path is empty"),
+        ({"data": config.DataConfig(prompts="x")}, "data.demonstrations is empty; stage sft needs that file with data"),
+        ({"data": config.DataConfig(prompts="x"), "stages": ["rm"]}, "data.comparisons is empty; stage rm needs"),
         ({"data": config.DataConfig(source="hh")}, r"data\.path is empty; data=hh needs the file"),
+        (
+            {"ppo": config.PPOConfig(kl=config.KLConfig(coef=math.nan))},
+            r"ppo\.kl\.coef=nan: it must be a finite number",
+        ),
+        ({"name": ".."}, r"name=\.\.: only letters, digits, \., _ and -, and no \. at the beginning"),
         ({"resume": "maybe"}, "resume=maybe: it must be one of auto, never"),
     ],
 )

@@ -68,7 +68,26 @@ def test_the_text_by_hand(tmp_path: Path) -> None:
         "        1 empty prompt",
         f"            {path}, line 3: empty prompt: only white space",
         "        1 duplicate prompt",
+        f"            {path}, line 2: duplicate prompt: as in {path}, line 1",
+        "a run would refuse it: 1 of 3 rows cannot be used",
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "accepted"),
+    [
+        ([{"prompt": "a"}, {"prompt": "a"}], True),
+        ([{"prompt": "a"}, {"prompt": ""}], False),
+        ([{"question": "q"}], False),
+        ([{"prompt": "a", "chosen": "x", "rejected": "y"}], True),
+        ([{"prompt": "a", "completions": [{"completion": c, "rank": 1} for c in "xy"]}], False),
+        ([{"chosen": DIALOGUE, "rejected": DIALOGUE}, {"chosen": DIALOGUE, "rejected": DIALOGUE[:-1] + "!"}], True),
+    ],
+)
+def test_what_a_run_would_take(tmp_path: Path, rows: list[dict[str, object]], accepted: bool) -> None:
+    report = check(write(tmp_path / "d.jsonl", rows))
+    assert report.accepted is accepted
+    assert ("a run would refuse it" in str(report)) is not accepted
 
 
 def test_token_lengths_with_a_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

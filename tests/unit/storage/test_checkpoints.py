@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.storage.checkpoints import COMMITTED, MANIFEST, Checkpoint, Checkpoints, StorageError, require_space
+from rlhf_cluster.storage.checkpoints import COMMITTED, MANIFEST, Checkpoint, Checkpoints, StorageError
 
 KILLED_AT = """
 import builtins, os, pathlib, shutil, signal, sys
@@ -240,6 +240,4 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     latest = checkpoints.latest()
     assert latest is not None
     checkpoints.verify(latest)
-    with pytest.raises(StorageError, match="2,097,152 are needed"):
-        require_space(small_disk, 1 << 21)
     write(checkpoints, 2)  # what failed left its room free

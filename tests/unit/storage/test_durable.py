@@ -69,12 +69,6 @@ def test_what_counts_as_a_full_disk() -> None:
     assert not durable.is_full_disk(ValueError("space"))
 
 
-def test_require_space(tmp_path: Path) -> None:
-    durable.require_space(tmp_path / "not" / "yet" / "made", 1)
-    with pytest.raises(StorageError, match=r"bytes free and 1,000,000,000,000,000,000 are needed"):
-        durable.require_space(tmp_path, 10**18)
-
-
 def test_replaced_directory(tmp_path: Path) -> None:
     final = tmp_path / "d"
     for text in ("one", "two"):

@@ -37,9 +37,10 @@ def names(directory: Path) -> set[str]:
 
 def test_the_tree(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "runs" / "a") as run:
-        assert names(run.path) == {"config", "checkpoints", "driver.lock", "logs", "rollouts", "stages"}
-        assert run.log_file("learner", 1) == run.path / "logs" / "attempt-1" / "learner-1.log"
-        assert run.log_file("learner", 1).parent.is_dir()
+        assert names(run.path) == {"config", "checkpoints", "driver.lock", "rollouts", "stages"}
+        run.begin_attempt()
+        assert run.attempt_logs == run.path / "logs" / "attempt-1"
+        assert run.attempt_logs.is_dir()
 
 
 def test_a_layout_makes_nothing(tmp_path: Path) -> None:
@@ -50,12 +51,15 @@ def test_a_layout_makes_nothing(tmp_path: Path) -> None:
     assert not layout.path.exists()
 
 
-def test_each_claim_is_an_attempt(tmp_path: Path) -> None:
+def test_attempts_are_counted_and_a_claim_alone_is_none(tmp_path: Path) -> None:
     for expected in (1, 2, 3):
         with RunDirectory(tmp_path) as run:
+            run.begin_attempt()
             assert run.attempt == expected
     (tmp_path / "logs" / "attempt-11").mkdir()
     with RunDirectory(tmp_path) as run:
+        assert run.attempts() == [1, 2, 3, 11]
+        run.begin_attempt()
         assert run.attempt == 12
         assert run.attempts() == [1, 2, 3, 11, 12]
 
@@ -64,7 +68,7 @@ def test_one_driver(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
         with pytest.raises(StorageError, match=f"in use by process {os.getpid()} on "):
             RunDirectory(tmp_path)
-        assert run.attempts() == [1]  # the one that was refused left no trace
+        run.begin_attempt()
         assert RunLayout(tmp_path).attempts() == [1]  # readers need no lock
     RunDirectory(tmp_path).close()
 
@@ -86,6 +90,7 @@ def test_config_and_environment(tmp_path: Path) -> None:
 
 def test_a_stage_is_finished_or_not_there(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
+        run.begin_attempt()
         with run.commit_stage("sft") as temp:
             (temp / "policy").mkdir()
             (temp / "policy" / "model").write_text("weights")
@@ -112,6 +117,15 @@ def test_a_stage_done_again_replaces_its_output(tmp_path: Path) -> None:
         assert names(run.stages) == {"ppo"}
 
 
+def test_an_output_of_which_nothing_arrived_is_none(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path) as run:
+        shared = pytest.raises(StorageError, match=r"nothing of stage rm arrived .* storage that all nodes share")
+        with shared, run.commit_stage("rm") as temp:
+            (temp / "reward_model").mkdir()
+        assert run.stage_output("rm") is None
+        assert names(run.stages) == set()
+
+
 def test_without_its_mark_a_directory_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "stages" / "sft").mkdir(parents=True)
     assert RunLayout(tmp_path).stage_output("sft") is None
@@ -122,7 +136,6 @@ def test_a_killed_stage_is_swept_by_the_next_driver(tmp_path: Path) -> None:
     assert child.returncode == -signal.SIGKILL
     assert len(names(tmp_path / "stages")) == 1
     with RunDirectory(tmp_path) as run:
-        assert run.attempt == 2
         assert names(run.stages) == set()
         assert run.stage_output("rm") is None
 

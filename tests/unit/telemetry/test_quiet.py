@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cluster.telemetry.quiet import ENVIRONMENT, log_path, quiet_libraries
+from rlhf_cluster.telemetry.quiet import ENVIRONMENT, quiet_libraries
 
 ROOT = Path(__file__).parents[3]
 SPEAK = """
@@ -39,7 +39,7 @@ def run(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_worker_says_all_to_its_file(tmp_path: Path) -> None:
-    path = log_path(tmp_path, 2, "generation", 0)
+    path = tmp_path / "logs" / "attempt-2" / "generation-0.log"
     code = """
 from pathlib import Path
 from rlhf_cluster.telemetry.quiet import log_to_file
@@ -90,7 +90,3 @@ def test_quiet_sets_what_is_unset_and_leaves_the_user_s_choice(monkeypatch: pyte
     assert "NO_COLOR" not in ENVIRONMENT  # it would take our own colours
     assert {name: os.environ[name] for name in ENVIRONMENT} == dict(ENVIRONMENT)
     assert logging.getLogger("transformers").level == logging.ERROR
-
-
-def test_the_driver_s_log_has_no_number(tmp_path: Path) -> None:
-    assert log_path(tmp_path, 1, "driver") == tmp_path / "logs" / "attempt-1" / "driver.log"
