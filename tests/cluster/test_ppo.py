@@ -205,6 +205,28 @@ def test_zero_stages_and_numbers_of_ranks_agree(trained: Mapping[Any, Trained], 
     assert distance(trained[gang], first) < 1e-4
 
 
+def test_in_bfloat16_learner_and_vllm_differ_by_rounding(
+    scene: Scene, runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What a laptop with bfloat16 and a GPU run: all rooms in it, masters in float32."""
+    model = dataclasses.replace(scene.cfg.model, dtype="bfloat16")
+    cfg = with_gang(dataclasses.replace(scene.cfg, model=model), 2, 1)
+
+    async def trained() -> Trained:
+        async with open_rooms(cfg, Attempt("test-ppo-bfloat16", 1, scene.logs / "bfloat16"), scene.paths) as opened:
+            return await scene.train(opened.rooms, tmp_path_factory.mktemp("bfloat16"))
+
+    whole = runner.run(trained())
+    for step, metrics in whole.metrics.items():
+        assert metrics["actor/first_clipfrac"] == 0
+        assert metrics["actor/first_ratio_max"] == pytest.approx(1, abs=2e-2)
+        assert metrics["actor/first_ratio_min"] == pytest.approx(1, abs=2e-2)
+        assert metrics["rollout/logprob_diff_mean"] < 5e-3
+    rollouts = whole.rollouts[STEPS - 1]
+    moved = np.abs(np.concatenate(rollouts.rollout_logprobs) - np.concatenate(rollouts.ref_logprobs)).mean()
+    assert moved > 2e-2, "workers with older weights would pass"
+
+
 def distance(some: Trained, other: Trained) -> float:
     """The largest difference between two final policies and critics."""
     largest = 0.0

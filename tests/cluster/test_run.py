@@ -23,7 +23,6 @@ from ray_head import Head
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf_cluster.data.parse import parse_prompt
 from rlhf_cluster.data.readers import read_rows
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.telemetry.metrics import read_metrics
@@ -154,11 +153,12 @@ def test_prompts_of_a_file_are_answered_in_its_order(smoke: tuple[Path, Ended], 
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Zebra?", "Ape?", "Zebra?", "Cow?")))
     ended = user.types("generate", str(smoke[0]), str(file), "--output", str(tmp_path / "answers.jsonl"))
-    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    said = f"4 answers in {tmp_path / 'answers.jsonl'}\n"
+    assert (ended.code, ended.out, ended.err) == (0, said, "")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [answer["prompt_id"] for answer in answers] == [parse_prompt(row).id for row in read_rows(file)]
+    assert [answer["prompt"] for answer in answers] == [row.values["prompt"] for row in read_rows(file)]
     assert {answer["finish_reason"] for answer in answers} <= {"stop", "length"}
-    assert all(set(answer) == {"prompt_id", "response", "finish_reason"} for answer in answers)
+    assert all(set(answer) == {"prompt", "response", "finish_reason"} for answer in answers)
     assert not user.left_behind()
 
 

@@ -6,9 +6,12 @@ The real generation worker, which needs vLLM, keeps the same laws in `tests/clus
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
+from typing import Any
 
 import laws
+import numpy as np
 import pytest
 from fakes import FakeGeneration, FakeLearner, FakeReference, FakeReward, shuffled
 
@@ -64,6 +67,15 @@ def test_reward_scores_each_rollout_once(room: RewardModel) -> None:
 @rewards
 def test_reward_does_not_depend_on_company(room: RewardModel) -> None:
     asyncio.run(laws.a_score_does_not_depend_on_company(room))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_refused_with_its_sample(
+    random_reward: Any, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random_reward.worker, "_scorer", lambda rollouts: np.array([0.0, bad, 1.0], np.float32))
+    with pytest.raises(ValueError, match="the reward gave no finite score for 1 of 3 samples, first 0/p1/0"):
+        random_reward.worker.score(laws.rollouts(3))
 
 
 @references
