@@ -15,6 +15,9 @@ from rlhf_cluster.config import Resources
 from rlhf_cluster.telemetry.quiet import log_to_file, quiet_libraries
 
 
+TRACE = 0.001  # of a node's custom resource: it says where a worker lives, not how many may
+
+
 @dataclass(frozen=True)
 class Host:
     """A worker's handle with its name and its log."""
@@ -28,6 +31,14 @@ def reserved(resources: Resources) -> dict[str, float]:
     """What Ray sets aside for one worker, by Ray's names; what is not asked for is not in it."""
     asked = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, "memory": float(resources.memory)}
     return {kind: amount for kind, amount in asked.items() if amount}
+
+
+def set_apart(role: str) -> dict[str, float]:
+    """A trace of the custom resource that nodes for `role` bear, where the cluster has such nodes: its workers then go
+    there and nowhere else (`deploy/kuberay`). SFT and the reward model train where the learner does."""
+    has = ray.cluster_resources()
+    names = (role, "learner") if role in ("sft", "rm") else (role,)
+    return next(({name: TRACE} for name in names if has.get(name)), {})
 
 
 def environment(resources: Resources) -> dict[str, str]:
@@ -92,11 +103,13 @@ def spawn(
     args: tuple[Any, ...] = (),
     group: Any = None,
     bundle: int = 0,
+    role: str = "",
 ) -> Host:
-    """Starts one actor; returns at once. It shares the driver's fate and is never restarted behind our back."""
+    """Starts one actor, on a node for `role` where there are such; returns at once. It shares the driver's fate and is never restarted behind our back."""
     options: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
         "num_gpus": resources.num_gpus,
+        "resources": set_apart(role),
         "max_restarts": 0,
         "max_task_retries": 0,
         "runtime_env": {"env_vars": environment(resources)},

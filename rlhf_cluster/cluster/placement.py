@@ -18,7 +18,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool, WeightChannel
 from rlhf_cluster.cluster.generation_host import GenerationHost
-from rlhf_cluster.cluster.hosts import Host, reserved, spawn
+from rlhf_cluster.cluster.hosts import Host, reserved, set_apart, spawn
 from rlhf_cluster.cluster.waits import Call, answer
 from rlhf_cluster.config import Resources, RunConfig
 from rlhf_cluster.learner.worker import LearnerWorker
@@ -91,7 +91,7 @@ class Starter:
         """All ranks in one placement group, so that they start together or not at all, and the weight store beside
         rank 0."""
         cfg, resources = self.cfg, self.cfg.learner.resources
-        group = placement_group([reserved(resources)] * resources.workers, strategy="PACK")
+        group = placement_group([reserved(resources) | set_apart("learner")] * resources.workers, strategy="PACK")
         self._groups.append(group)
         await answer(group.ready(), Call("learner", "placement"), cfg.cluster.start_timeout_s)
         args = (cfg.learner, cfg.ppo, cfg.model, cfg.generation.temperature, cfg.seed)
@@ -126,7 +126,7 @@ class Starter:
         bundle: int = 0,
     ) -> Host:
         host = spawn(
-            worker, f"{role} {index}", self.attempt.logs / f"{role}-{index}.log", resources, args, group, bundle
+            worker, f"{role} {index}", self.attempt.logs / f"{role}-{index}.log", resources, args, group, bundle, role
         )
         self.hosts.append(host)
         return host

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import ray
 
-from rlhf_cluster.cluster.hosts import reserved
+from rlhf_cluster.cluster.hosts import reserved, set_apart
 from rlhf_cluster.config import ClusterConfig, ConfigError, Resources
 
 
@@ -78,7 +78,7 @@ def _refuse_impossible(at_once: Mapping[str, Mapping[str, Resources]]) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for stage, roles in at_once.items():
         for name, resources in roles.items():
-            _require_a_node(name, reserved(resources), nodes)
+            _require_a_node(name, reserved(resources) | set_apart(name), nodes)
         _require_room(stage, roles, total)
 
 

@@ -12,7 +12,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rlhf_cluster.cluster.hosts import environment, reserved, spawn
+from rlhf_cluster.cluster.hosts import environment, reserved, set_apart, spawn
 from rlhf_cluster.cluster.waits import Call, WorkerError, get
 from rlhf_cluster.config import ClusterConfig, Resources
 
@@ -67,7 +67,7 @@ def train_on_ranks(
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.num_gpus > 0,
-            resources_per_worker=reserved(resources),
+            resources_per_worker=reserved(resources) | set_apart(stage),
         ),
         run_config=RunConfig(
             name=stage, storage_path=str(logs / "ray_train"), worker_runtime_env={"env_vars": environment(resources)}

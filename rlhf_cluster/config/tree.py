@@ -194,7 +194,7 @@ class LearnerConfig:
 
     policy: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(zero_stage=2))
     resources: Resources = field(default_factory=Resources)
 
 
