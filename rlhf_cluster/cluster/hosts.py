@@ -14,7 +14,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_cluster.config import Resources
 from rlhf_cluster.telemetry.quiet import log_to_file, quiet_libraries
 
-
 TRACE = 0.001  # of a node's custom resource: it says where a worker lives, not how many may
 
 
