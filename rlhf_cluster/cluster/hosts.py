@@ -104,7 +104,8 @@ def spawn(
     bundle: int = 0,
     role: str = "",
 ) -> Host:
-    """Starts one actor, on a node for `role` where there are such; returns at once. It shares the driver's fate and is never restarted behind our back."""
+    """Starts one actor, on a node for `role` where there are such; returns at once. It shares the driver's fate and is
+    never restarted behind our back."""
     options: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
         "num_gpus": resources.num_gpus,
