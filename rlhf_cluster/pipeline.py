@@ -266,19 +266,19 @@ async def _run_ppo(run: Run) -> None:
         run.metrics.log(ppo.STAGE, cfg.ppo.steps, memory | log.timer.take())  # with the last checkpoint's seconds
 
 
-async def _resume(run: Run, opened: OpenRooms, checkpoints: Checkpoints) -> int:
-    """Goes on from the last complete checkpoint; what lies past it is cut off. Returns the first iteration to run."""
+async def _resume(run: Run, opened: OpenRooms, checkpoints: Checkpoints) -> ppo.Start:
+    """Goes on from the last complete checkpoint; what lies past it is cut off."""
     found = checkpoints.latest()
-    start = 0
+    start = ppo.Start()
     if found is not None:
         checkpoints.verify(found)
-        start = ppo.resume_step(found.path)
-        await opened.learner.load(found.path, start)
-        await opened.learner.publish(start)
-        await opened.rooms.generation.receive(start)
-        run.progress.note(f"ppo: continues from the checkpoint of iteration {start}")
-    run.metrics.cut(ppo.STAGE, start)
-    RolloutLog(run.directory.rollouts).cut(start - 1)
+        start = ppo.resume(found.path)
+        await opened.learner.load(found.path, start.step)
+        await opened.learner.publish(start.step)
+        await opened.rooms.generation.receive(start.step)
+        run.progress.note(f"ppo: continues from the checkpoint of iteration {start.step}")
+    run.metrics.cut(ppo.STAGE, start.step)
+    RolloutLog(run.directory.rollouts).cut(start.step - 1)
     return start
 
 

@@ -16,13 +16,14 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from rlhf_cluster.algo.kl import FixedKL
+from rlhf_cluster.algo.control import Control
+from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL
 from rlhf_cluster.config import PPOConfig
-from rlhf_cluster.records import Members, Rollouts, ScoredRollouts, UpdateStats, join
+from rlhf_cluster.records import Controls, Members, Rollouts, ScoredRollouts, UpdateStats, join
 from rlhf_cluster.rooms import Rooms
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
@@ -55,27 +56,39 @@ class Log:
     )  # further metrics that nothing learns from
 
 
-async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start: int = 0) -> None:
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on: the iteration, and the driver's own state (empty: as configured)."""
+
+    step: int = 0
+    control: Mapping[str, float] = field(default_factory=dict)
+
+
+AT_FIRST = Start()
+
+
+async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start: Start = AT_FIRST) -> None:
     """Runs iterations `start` to `cfg.steps`; the policy of iteration n is weight version n."""
-    kl = FixedKL(cfg.kl.coef)
+    control = make_control(cfg, start)
     batches: deque[asyncio.Task[ScoredRollouts]] = deque()
     async with asyncio.TaskGroup() as collecting:
-        for step in range(start, cfg.steps):
+        for step in range(start.step, cfg.steps):
             with log.timer("step"):
                 for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
                     members = prompts.members(ahead, cfg.batch_size, cfg.samples_per_prompt)
                     batches.append(collecting.create_task(collect(rooms, ahead, members, log.timer)))
                 batch = await batches.popleft()
+                controls = control.before(batch.score)
                 with log.timer("update"):
-                    stats = await rooms.learner.update(step, coef := kl.coef)
+                    stats = await rooms.learner.update(step, controls)
                 with log.timer("update_weights"):
                     await rooms.learner.publish(stats.weight_version)
                     await rooms.generation.receive(stats.weight_version)
-                kl.update(stats.metrics["objective/kl"], len(batch))
-            write_down(step, batch, stats, coef, log)  # first: what a checkpoint has behind it is on record
+                control.after(stats.metrics["objective/kl"], len(batch))
+            write_down(step, batch, stats, controls, log)  # first: what a checkpoint has behind it is on record
             if is_checkpoint(step, cfg):
                 with log.timer("save_checkpoint"):
-                    await save(rooms, stats.weight_version, log)
+                    await save(rooms, stats.weight_version, control, log)
 
 
 async def collect(rooms: Rooms, step: int, members: Members, timer: Timer) -> ScoredRollouts:
@@ -110,19 +123,29 @@ def is_checkpoint(step: int, cfg: PPOConfig) -> bool:
     return step + 1 == cfg.steps or (cfg.save_every > 0 and (step + 1) % cfg.save_every == 0)
 
 
-async def save(rooms: Rooms, version: int, log: Log) -> None:
+def make_control(cfg: PPOConfig, start: Start) -> Control:
+    """The KL coefficient and the score normaliser as configured, or as they were when the run was cut off."""
+    kl = cfg.kl
+    adaptive = kl.kind == "adaptive"
+    control = Control(AdaptiveKL(kl.coef, kl.target, kl.horizon) if adaptive else FixedKL(kl.coef), cfg.score_norm)
+    if start.control:
+        control.restore(start.control)
+    return control
+
+
+async def save(rooms: Rooms, version: int, control: Control, log: Log) -> None:
     """A checkpoint that is either complete or not there. `version` iterations are done."""
     with log.checkpoints.write(version) as directory:
         await rooms.learner.save(directory)
-        (directory / RUN_STATE).write_text(json.dumps({"step": version}))
+        (directory / RUN_STATE).write_text(json.dumps({"step": version, "control": control.state()}))
 
 
-def resume_step(checkpoint: Path) -> int:
-    """The iteration that a checkpoint's run goes on with."""
-    return int(json.loads((checkpoint / RUN_STATE).read_text())["step"])
+def resume(checkpoint: Path) -> Start:
+    """Where the run of a checkpoint goes on."""
+    return Start(**json.loads((checkpoint / RUN_STATE).read_text()))
 
 
-def write_down(step: int, batch: ScoredRollouts, stats: UpdateStats, kl_coef: float, log: Log) -> None:
+def write_down(step: int, batch: ScoredRollouts, stats: UpdateStats, controls: Controls, log: Log) -> None:
     """Rollouts, metrics and now and then a sample, once the iteration is done. The seconds of its checkpoint, which
     comes after, stand in the next record."""
     seconds = log.timer.take()
@@ -135,7 +158,7 @@ def write_down(step: int, batch: ScoredRollouts, stats: UpdateStats, kl_coef: fl
             **stats.metrics,
             **log.measure(batch),
             **seconds,
-            "actor/kl_coef": kl_coef,
+            "actor/kl_coef": controls.kl_coef,
             "sync/version": stats.weight_version,
             "perf/total_num_tokens": tokens,
             "perf/throughput": tokens / seconds["timing_s/step"],

@@ -249,6 +249,16 @@ def _with_answer(table: pa.Table, answer: pa.Table) -> pa.Table:
 
 
 @dataclass(frozen=True)
+class Controls:
+    """What the driver steers one `update` by: the KL coefficient, and by what scores are normalised before they are
+    rewards, (score - mean) / std."""
+
+    kl_coef: float
+    score_mean: float = 0.0
+    score_std: float = 1.0
+
+
+@dataclass(frozen=True)
 class UpdateStats:
     """What one `update` of the learner says of itself: scalars by metric name, seconds by part."""
 

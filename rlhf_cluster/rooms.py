@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rlhf_cluster.records import Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
+from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 
 
 class Generation(Protocol):
@@ -50,7 +50,7 @@ class Learner(Protocol):
         """Takes rows of the open batch, in any order, and evaluates them: old logprobs and values."""
         ...
 
-    async def update(self, step: int, kl_coef: float) -> UpdateStats:
+    async def update(self, step: int, controls: Controls) -> UpdateStats:
         """KL-shaped rewards, advantages, whitening, minibatch updates; the policy becomes version `step + 1`."""
         ...
 

@@ -7,6 +7,7 @@ object with `coef` and `update(kl, batch_size)`, so that the loop never asks whi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
         logr = log ref - log pol        k1 = -logr
 
-    Unbiased, high variance, may be negative. This is the one that the reward uses. Any shape, both alike.
+    Unbiased, high variance, may be negative. The one for rewards: the policy gradient of the penalty is then unbiased.
+    As a loss it is useless, since its gradient is 0 in expectation. Any shape, both alike.
     """
     return logprobs - ref_logprobs
 
@@ -28,7 +30,8 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
         k2 = logr^2 / 2
 
-    Biased, low variance, never negative. For watching. Any shape, both alike.
+    Biased, low variance, never negative. For watching, or as a loss: its gradient is that of the KL. Any shape, both
+    alike.
     """
     return 0.5 * (ref_logprobs - logprobs).square()
 
@@ -45,6 +48,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(logr) - logr
 
 
+ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+
+
 @dataclass(frozen=True)
 class FixedKL:
     """A coefficient that stays what it is: beta of InstructGPT eq. (2) (Ouyang et al. 2022, arXiv:2203.02155, C.4)."""
@@ -57,3 +63,27 @@ class FixedKL:
 
     def update(self, kl: float, batch_size: int) -> None:
         """Told after a batch of `batch_size` responses; `kl` is the mean over them of k1 summed over tokens."""
+
+
+@dataclass
+class AdaptiveKL:
+    """A coefficient that steers towards a KL (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+
+        e = clip(KL / target - 1, -0.2, 0.2)        beta <- beta * (1 + e * n / horizon)
+
+    `target` in nats per response; `horizon` is the number of responses over which an error of 1 would correct itself.
+    """
+
+    coef: float
+    target: float
+    horizon: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("KL coefficient", self.coef), ("KL target", self.target), ("KL horizon", self.horizon)):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"adaptive {name} {value}; it must be a finite number above 0, or it could never move")
+
+    def update(self, kl: float, batch_size: int) -> None:
+        """Told after a batch of `batch_size` responses; `kl` is the mean over them of k1 summed over tokens."""
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * batch_size / self.horizon

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 
 
-def logprobs_from_logits(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logprobs_from_logits(
+    logits: Tensor, ids: Tensor, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target id, and the entropy, under the tempered softmax; both float32.
 
         log pi(a) = z_a / T - logsumexp(z / T)        H = -sum_v pi(v) log pi(v)
 
-    logits [..., V] finite, ids [...] int64 -> (logprobs [...], entropy [...]). The entropy carries no gradient: it is
-    watched, not trained on. Dividing by the sampling temperature everywhere keeps old, new and reference logprobs
-    comparable (Ziegler et al. 2019, arXiv:1909.08593, their code). Raises ValueError unless temperature > 0.
+    logits [..., V] finite, ids [...] int64 -> (logprobs [...], entropy [...]). The entropy carries no gradient unless
+    asked for: usually it is watched, not trained on. Dividing by the sampling temperature everywhere keeps old, new and
+    reference logprobs comparable (Ziegler et al. 2019, arXiv:1909.08593, their code). Raises ValueError unless
+    temperature > 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} has no distribution; it must be greater than 0")
     log_pi = (logits.float() / temperature).log_softmax(-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -torch.linalg.vecdot(log_pi.exp(), log_pi)
     return log_pi.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy

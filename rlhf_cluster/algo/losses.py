@@ -22,6 +22,7 @@ class PolicyLoss:
 
     loss_sum: Tensor
     pg_clipfrac_sum: Tensor  # tokens whose clipped loss is the larger
+    dual_clipfrac_sum: Tensor  # tokens that the dual clip holds
     ppo_kl_sum: Tensor  # 0.5 * (logprobs - old_logprobs)^2: distance from the policy before the update
     ratio_max: Tensor  # largest ratio; 0 (no ratio is) where there is no token
     ratio_min: Tensor  # smallest ratio; inf where there is no token
@@ -45,22 +46,35 @@ class RankingLoss:
     margin_sum: Tensor  # score of the better minus score of the worse
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float,
+    clip_high: float = 0.0,
+    dual_clip: float = 0.0,
+) -> PolicyLoss:
     """The clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), as a loss, summed over tokens.
 
-        rho_t = exp(logprobs_t - old_logprobs_t)        L = sum_t max(-A_t rho_t, -A_t clip(rho_t, 1 - c, 1 + c))
+        rho_t = exp(logprobs_t - old_logprobs_t)        L_t = max(-A_t rho_t, -A_t clip(rho_t, 1 - c, 1 + h))
 
-    A token may be made more or less likely by a factor of 1 + c or 1 - c before it stops to pull. All [B, T]; the
-    gradient flows into `logprobs` alone. An empty mask gives zero loss and zero gradient.
+    A token may be made less or more likely by a factor of 1 - c or 1 + h before it stops to pull. h is `clip_high`,
+    where it is not 0 (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 10), else c. Where A_t < 0 that bounds nothing from
+    above: with a `dual_clip` d > 1 (Ye et al. 2020, arXiv:1912.09729, eq. 5) L_t is -A_t d at most there.
+    All [B, T]; the gradient flows into `logprobs` alone. An empty mask gives zero loss and zero gradient.
     """
     log_ratio = at_tokens(logprobs - old_logprobs.detach(), mask)
     ratio = log_ratio.exp()
     advantages = at_tokens(advantages.detach(), mask)
-    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + (clip_high or clip))
+    losses = torch.maximum(free, held)
+    dual = (advantages < 0) & (losses > -advantages * dual_clip) if dual_clip else torch.zeros_like(mask).bool()
     seen = ratio.detach()[mask.bool()]
     return PolicyLoss(
-        loss_sum=masked_sum(torch.maximum(free, held), mask),
+        loss_sum=masked_sum(torch.where(dual, -advantages * dual_clip, losses), mask),
         pg_clipfrac_sum=masked_sum((held > free).float(), mask),
+        dual_clipfrac_sum=masked_sum(dual.float(), mask),
         ppo_kl_sum=masked_sum(0.5 * log_ratio.detach().square(), mask),
         ratio_max=torch.cat([seen, seen.new_zeros(1)]).max(),
         ratio_min=torch.cat([seen, seen.new_full((1,), float("inf"))]).min(),

@@ -14,7 +14,7 @@ import ray
 
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.cluster.waits import Call, WorkerDied, WorkerError, answer, answers
-from rlhf_cluster.records import Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
+from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot
 
 
@@ -168,8 +168,8 @@ class LearnerGroup:
         spans = zip([0, *stops[:-1]], stops, strict=True)
         await self._each("add", [(step, reference, start, stop) for start, stop in spans])
 
-    async def update(self, step: int, kl_coef: float) -> UpdateStats:
-        stats = await self._all("update", step, kl_coef)
+    async def update(self, step: int, controls: Controls) -> UpdateStats:
+        stats = await self._all("update", step, controls)
         self._owners.pop(step, None)
         return stats[0]
 

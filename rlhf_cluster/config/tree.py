@@ -119,8 +119,13 @@ class RMConfig:
 class KLConfig:
     """The penalty for leaving the reference policy (InstructGPT eq. 2)."""
 
-    kind: str = "fixed"  # fixed | none (no reference is started)
-    coef: float = 0.02  # beta; 0.02 in InstructGPT C.4
+    kind: str = "fixed"  # fixed | adaptive (steers towards `target`) | none (no reference is started)
+    coef: float = 0.02  # beta; 0.02 in InstructGPT C.4; adaptive: where it begins
+    estimator: str = "k1"  # of the KL in the rewards: k1 (the papers') | k2 | k3
+    target: float = 6.0  # adaptive: nats per response; lm-human-preferences
+    horizon: int = 10_000  # adaptive: responses over which it corrects itself; lm-human-preferences
+    loss_coef: float = 0.0  # of a KL term in the policy's loss, beside the penalty in the rewards
+    loss_estimator: str = "k3"  # of that term: k2 | k3
 
 
 @dataclass
@@ -143,10 +148,19 @@ class PPOConfig:
     minibatch_size: int = 64  # responses of an optimizer step
     epochs: int = 1  # passes over the batch
     clip: float = 0.2  # ratio clip
+    clip_high: float = 0.0  # upper ratio clip, where it differs (DAPO: 0.28); 0: as `clip`
+    dual_clip: float = 0.0  # bound of the ratio where the advantage is negative (Ye et al. 2020: 3); 0: none
+    entropy_coef: float = 0.0  # of an entropy bonus
+    target_kl: float = 0.0  # the batch's further minibatches are left out above this `actor/ppo_kl`; 0: never
+    critic_warmup: int = 0  # first iterations in which the critic alone learns
     value_clip: float = 0.2  # not in the paper: lm-human-preferences
     value_coef: float = 1.0  # scales the value loss; policy and critic have their own optimizers
-    missing_eos_penalty: float = 0.0  # subtracted from the score of a response without EOS
-    score_clip: float = 0.0  # scores are clipped to +-this; 0: not clipped
+    missing_eos: str = (
+        "subtract"  # subtract the penalty from the score of a response without EOS | replace it by -penalty
+    )
+    missing_eos_penalty: float = 0.0
+    score_norm: bool = False  # scores are brought to mean 0 and deviation 1 by those of all batches so far
+    score_clip: float = 0.0  # scores are clipped to +-this, after `score_norm`; 0: not clipped
     max_staleness: int = 0  # versions that a batch may be behind when the learner uses it
     save_every: int = 0  # checkpoint every so many steps; 0: only at the end
     keep_checkpoints: int = 0  # newest checkpoints that stay; 0: all

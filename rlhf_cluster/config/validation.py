@@ -38,7 +38,10 @@ def _validate_choices(cfg: RunConfig) -> None:
     _one_of("rm.ranking.labeler", cfg.rm.ranking.labeler, ("", "vader", "letters"))
     _one_of("evaluation.gold", cfg.evaluation.gold, ("", "vader", "letters"))
     _one_of("reward.kind", cfg.reward.kind, ("model", "random"))
-    _one_of("ppo.kl.kind", cfg.ppo.kl.kind, ("fixed", "none"))
+    _one_of("ppo.kl.kind", cfg.ppo.kl.kind, ("fixed", "adaptive", "none"))
+    _one_of("ppo.kl.estimator", cfg.ppo.kl.estimator, ("k1", "k2", "k3"))
+    _one_of("ppo.kl.loss_estimator", cfg.ppo.kl.loss_estimator, ("k2", "k3"))
+    _one_of("ppo.missing_eos", cfg.ppo.missing_eos, ("subtract", "replace"))
     _one_of("weights.transport", cfg.weights.transport, ("shm",))
     _one_of("resume", cfg.resume, ("auto", "never"))
     for name, optimizer in optimizers(cfg):
@@ -83,7 +86,12 @@ def _validate_ranges(cfg: RunConfig) -> None:
     )
     not_negative = (
         ("ppo.kl.coef", cfg.ppo.kl.coef),
+        ("ppo.kl.loss_coef", cfg.ppo.kl.loss_coef),
         ("ppo.clip", cfg.ppo.clip),
+        ("ppo.clip_high", cfg.ppo.clip_high),
+        ("ppo.entropy_coef", cfg.ppo.entropy_coef),
+        ("ppo.target_kl", cfg.ppo.target_kl),
+        ("ppo.critic_warmup", cfg.ppo.critic_warmup),
         ("ppo.value_clip", cfg.ppo.value_clip),
         ("ppo.score_clip", cfg.ppo.score_clip),
         ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
@@ -144,6 +152,22 @@ def _validate_files(cfg: RunConfig) -> None:
         )
 
 
+def _validate_kl(cfg: RunConfig) -> None:
+    kl = cfg.ppo.kl
+    if kl.kind == "adaptive":
+        for key, number in (("coef", kl.coef), ("target", kl.target), ("horizon", kl.horizon)):
+            _require(number > 0, f"ppo.kl.{key}={number}: with ppo.kl.kind=adaptive it must be above 0")
+    if kl.kind == "none":
+        for key, number in (("coef", kl.coef), ("loss_coef", kl.loss_coef)):
+            _require(
+                number == 0, f"ppo.kl.{key}={number}, but ppo.kl.kind=none starts no reference; use kl=fixed, or 0"
+            )
+    _require(
+        cfg.ppo.dual_clip == 0 or cfg.ppo.dual_clip > 1,
+        f"ppo.dual_clip={cfg.ppo.dual_clip}: it must be above 1, or 0 for none",
+    )
+
+
 def _validate_ppo(cfg: RunConfig) -> None:
     ppo = cfg.ppo
     _require(
@@ -163,6 +187,7 @@ def _validate_ppo(cfg: RunConfig) -> None:
         ppo.minibatch_size % ranks == 0,
         f"learner.resources.workers={ranks} does not divide ppo.minibatch_size={ppo.minibatch_size}",
     )
+    _validate_kl(cfg)
     parallel, gpus = cfg.generation.tensor_parallel, cfg.generation.resources.num_gpus
     _require(
         parallel == 1 or not gpus or parallel == gpus,

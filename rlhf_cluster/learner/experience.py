@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from rlhf_cluster.algo.advantages import gae
+from rlhf_cluster.algo.kl import ESTIMATORS
 from rlhf_cluster.algo.masked import mean_var, moments, whiten
 from rlhf_cluster.algo.rewards import kl_shaped_rewards, shape_scores
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.models.batching import from_response_frame, response_mask, to_response_frame
+from rlhf_cluster.records import Controls
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +51,17 @@ class Experience:
     index: Mapping[str, int]  # row of a sample id
 
 
-def make_experience(rows: Sequence[EvaluatedRow], cfg: PPOConfig, kl_coef: float, ranks: Ranks) -> Experience:
+def make_experience(rows: Sequence[EvaluatedRow], cfg: PPOConfig, controls: Controls, ranks: Ranks) -> Experience:
     """InstructGPT eq. (2) rewards and GAE; whitening statistics are those of all ranks. A collective."""
     lengths = [len(row.response_ids) for row in rows]
     mask = response_mask(lengths)
     old_logprobs = to_response_frame([row.old_logprobs for row in rows])
     scores = torch.tensor([row.score for row in rows], dtype=torch.float32)
     ended = torch.tensor([row.ended for row in rows], dtype=torch.bool)
-    shaped = shape_scores(scores, ended, cfg.missing_eos_penalty, cfg.score_clip)
-    ref_logprobs = to_response_frame([row.ref_logprobs for row in rows])
-    rewards, non_score_rewards = kl_shaped_rewards(shaped, old_logprobs, ref_logprobs, mask, kl_coef)
+    scores = (scores - controls.score_mean) / controls.score_std
+    shaped = shape_scores(scores, ended, cfg.missing_eos_penalty, cfg.score_clip, cfg.missing_eos == "replace")
+    kl = ESTIMATORS[cfg.kl.estimator](old_logprobs, to_response_frame([row.ref_logprobs for row in rows]))
+    rewards, non_score_rewards = kl_shaped_rewards(shaped, kl, mask, controls.kl_coef)
     if cfg.advantage.whiten_rewards:
         rewards = _whiten(rewards, mask, ranks, shift_mean=False)
     values = to_response_frame([row.values for row in rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ class ActorCritic:
     """Policy and critic, a DeepSpeed engine each, in one process.
 
     The critic starts as the reward model (InstructGPT section 3.5); without one, as the policy's body under a new head.
+    `entropy_gradient`: the entropies of the policy's forward are to be trained on.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class ActorCritic:
         model: ModelConfig,
         seed: int,
         ranks: Ranks,
+        entropy_gradient: bool = False,
     ) -> None:
         dtype, attention = resolve_dtype(model.dtype), resolve_attention(model.attention)
         self.ranks = ranks
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokens_per_micro_batch = cfg.engine.tokens_per_micro_batch
-        policy = PolicyModule(load_policy(policy_path, None, attention), logprobs_from_logits)
+        logprobs = partial(logprobs_from_logits, entropy_gradient=entropy_gradient)
+        policy = PolicyModule(load_policy(policy_path, None, attention), logprobs)
         if critic_path is None:
             critic = ScalarHeadModel.from_policy(policy_path, None, attention, seed)
         else:

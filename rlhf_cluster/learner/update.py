@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rlhf_cluster.algo.kl import ESTIMATORS
 from rlhf_cluster.algo.losses import policy_loss, value_loss
+from rlhf_cluster.algo.masked import masked_sum
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.learner.experience import Experience
 from rlhf_cluster.learner.models import ActorCritic
@@ -21,7 +23,8 @@ from rlhf_cluster.models.batching import PackedBatch
 
 @dataclass(frozen=True)
 class StepRates:
-    """Learning rates of one update (constant over its minibatches: InstructGPT C.4 counts warm-up in iterations)."""
+    """Learning rates of one update (constant over its minibatches: InstructGPT C.4 counts warm-up in iterations); a
+    policy at 0 is left alone."""
 
     policy: float
     critic: float
@@ -41,11 +44,13 @@ class Updater:
         explained = explained_variance(self._experience, self._models.ranks)
         own = [[self._experience.index[i] for i in ids if i in self._experience.index] for ids in plan.minibatches]
         tokens = self._global_tokens(own)
-        first = True
-        for order in plan.orders(self._cfg.epochs, seed):
-            for minibatch in order:
-                self._minibatch(own[minibatch], tokens[minibatch], rates, first)
-                first = False
+        minibatches = [minibatch for order in plan.orders(self._cfg.epochs, seed) for minibatch in order]
+        done = 0
+        for done, minibatch in enumerate(minibatches, start=1):
+            kl = self._minibatch(own[minibatch], tokens[minibatch], rates, first=done == 1)
+            if self._cfg.target_kl and kl > self._cfg.target_kl:
+                break
+        self._tally.mean("actor/minibatches_done", done, len(minibatches))
         metrics = self._tally.over(self._models.ranks)
         metrics |= {"critic/vf_explained_var": explained, "actor/lr": rates.policy, "critic/lr": rates.critic}
         return metrics | seconds_by_part(self._seconds)
@@ -55,36 +60,60 @@ class Updater:
         own = [sum(len(self._experience.rows[row].response_ids) for row in rows) for rows in minibatches]
         return self._models.ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
 
-    def _minibatch(self, rows: Sequence[int], tokens: float, rates: StepRates, first: bool) -> None:
-        """Gradients of policy and critic over this rank's rows, then one step of each. A collective."""
+    def _minibatch(self, rows: Sequence[int], tokens: float, rates: StepRates, first: bool) -> float:
+        """Gradients of policy and critic over this rank's rows, then one step of each; returns how far the policy was
+        from the one before the update, over all ranks (`actor/ppo_kl`). A collective."""
         members = [self._experience.rows[row] for row in rows]
         batches = self._models.micro_batches([m.prompt_ids for m in members], [m.response_ids for m in members])
+        moved = 0.0
         for batch in batches:
-            self._policy_gradient(batch, rows, tokens, first)
+            if rates.policy:
+                moved += self._policy_gradient(batch, rows, tokens, first)
             self._value_gradient(batch, rows, tokens)
         start = time.perf_counter()
-        self._tally.mean("actor/grad_norm", self._models.policy.step(rates.policy), 1)
+        if rates.policy:
+            self._tally.mean("actor/grad_norm", self._models.policy.step(rates.policy), 1)
         self._tally.mean("critic/grad_norm", self._models.critic.step(rates.critic), 1)
         self._seconds["optimizer"] += time.perf_counter() - start
+        return float(self._models.ranks.sum(torch.tensor(moved, dtype=torch.float64))) / tokens
 
-    def _policy_gradient(self, batch: PackedBatch, rows: Sequence[int], tokens: float, first: bool) -> None:
+    def _policy_gradient(self, batch: PackedBatch, rows: Sequence[int], tokens: float, first: bool) -> float:
+        """Returns the sum over this micro-batch's tokens that `actor/ppo_kl` is the mean of."""
         start = time.perf_counter()
         logprobs, entropies = self._models.policy(*batch.policy_arguments(), self._temperature)
         old = self._flat(batch, [self._experience.rows[row].old_logprobs for row in rows])
         advantages = self._flat(batch, [self._experience.advantages[row] for row in rows])
         mask = self._token_mask(batch)
-        loss = policy_loss(logprobs, old, advantages, mask, self._cfg.clip)
-        self._models.policy.backward(loss.loss_sum / tokens)
+        cfg = self._cfg
+        loss = policy_loss(logprobs, old, advantages, mask, cfg.clip, cfg.clip_high, cfg.dual_clip)
+        whole = loss.loss_sum
+        if cfg.entropy_coef:
+            whole = whole - cfg.entropy_coef * masked_sum(entropies, mask)
+        if cfg.kl.loss_coef:
+            whole = whole + cfg.kl.loss_coef * self._kl_loss(batch, rows, logprobs, mask)
+        self._models.policy.backward(whole / tokens)
         count = float(mask.sum())
         self._tally.mean("actor/pg_loss", loss.loss_sum.detach(), count)
         self._tally.mean("actor/pg_clipfrac", loss.pg_clipfrac_sum, count)
         self._tally.mean("actor/ppo_kl", loss.ppo_kl_sum, count)
-        self._tally.mean("actor/entropy", float((entropies * mask).sum()), count)
+        self._tally.mean("actor/entropy", float((entropies.detach() * mask).sum()), count)
+        if cfg.dual_clip:
+            self._tally.mean("actor/pg_clipfrac_dual", loss.dual_clipfrac_sum, count)
         if first and count:
             self._tally.mean("actor/first_clipfrac", loss.pg_clipfrac_sum, count)
             self._tally.top("actor/first_ratio_max", loss.ratio_max)
             self._tally.bottom("actor/first_ratio_min", loss.ratio_min)
         self._seconds["actor"] += time.perf_counter() - start
+        return float(loss.ppo_kl_sum)
+
+    def _kl_loss(
+        self, batch: PackedBatch, rows: Sequence[int], logprobs: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """How far this micro-batch's tokens are from the reference, summed, with gradient."""
+        ref = self._flat(batch, [self._experience.rows[row].ref_logprobs for row in rows])
+        kl = masked_sum(ESTIMATORS[self._cfg.kl.loss_estimator](logprobs, ref), mask)
+        self._tally.mean("actor/kl_loss", kl.detach(), float(mask.sum()))
+        return kl
 
     def _value_gradient(self, batch: PackedBatch, rows: Sequence[int], tokens: float) -> None:
         start = time.perf_counter()

@@ -24,7 +24,7 @@ from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.score_head import save_scalar_head_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts, UpdateStats
+from rlhf_cluster.records import Controls, ReferencedRollouts, ScoredRollouts, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot, write_snapshot
 
 
@@ -63,7 +63,9 @@ class LearnerWorker:
         torch.manual_seed(self._seed)
         self._ranks: Ranks = join_ranks(rank, world, *endpoint, timeout_s)
         self._tokenizer = load_tokenizer(policy_path, self._model.chat_template)
-        self._models = ActorCritic(policy_path, critic_path, self._cfg, self._model, self._seed, self._ranks)
+        self._models = ActorCritic(
+            policy_path, critic_path, self._cfg, self._model, self._seed, self._ranks, self._ppo.entropy_coef > 0
+        )
 
     @property
     def _engines(self) -> dict[str, TrainEngine]:
@@ -106,7 +108,7 @@ class LearnerWorker:
             batch.rows[row.sample_id] = row
         batch.seconds += time.perf_counter() - began
 
-    def update(self, step: int, kl_coef: float) -> UpdateStats:
+    def update(self, step: int, controls: Controls) -> UpdateStats:
         """Trains on the batch; repeating an update that was applied returns its stored answer. A collective."""
         if self._last is not None and self._is_done(step):
             return self._last
@@ -115,17 +117,20 @@ class LearnerWorker:
         self._require_whole(step)
         batch = self._open.pop(step)
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
-        experience = make_experience(rows, self._ppo, kl_coef, self._ranks)
-        rates = StepRates(
-            learning_rate(self._cfg.policy, step, self._ppo.steps),
-            learning_rate(self._cfg.critic, step, self._ppo.steps),
-        )
+        experience = make_experience(rows, self._ppo, controls, self._ranks)
+        rates = self._rates(step)
         updater = Updater(self._models, experience, self._ppo, self._temperature)
         metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates)
         metrics |= seconds_by_part({"evaluate": batch.seconds})
         self._version = step + 1
         self._last = UpdateStats(step, self._version, metrics)
         return self._last
+
+    def _rates(self, step: int) -> StepRates:
+        """The policy's schedule begins once the critic has warmed up."""
+        steps, alone = self._ppo.steps, self._ppo.critic_warmup
+        policy = learning_rate(self._cfg.policy, step - alone, steps - alone) if step >= alone else 0.0
+        return StepRates(policy, learning_rate(self._cfg.critic, step, steps))
 
     def publish(self, version: int, directory: str) -> Snapshot | None:
         """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A

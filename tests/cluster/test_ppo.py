@@ -78,7 +78,7 @@ class Scene:
         finally:
             await starter.end()
 
-    async def train(self, rooms: Rooms, directory: Path, start: int = 0) -> Trained:
+    async def train(self, rooms: Rooms, directory: Path, start: ppo.Start = ppo.AT_FIRST) -> Trained:
         with MetricsLog([JsonlSink(directory / "metrics.jsonl")], pytest.fail) as metrics:
             log = ppo.Log(
                 metrics,
@@ -251,7 +251,7 @@ def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_with_one_rank_at_stage_0(
             await learner.load(checkpoint, 1)
             await learner.publish(1)
             await rooms.generation.receive(1)
-            return await scene.train(rooms, tmp_path, ppo.resume_step(checkpoint))
+            return await scene.train(rooms, tmp_path, ppo.resume(checkpoint))
 
     again = runner.run(resumed())
     assert sorted(again.metrics) == [1, 2]

@@ -13,7 +13,7 @@ from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
+from rlhf_cluster.records import Controls, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import Learner, Reference, RewardModel
 from rlhf_cluster.scoring.worker import RewardWorker
@@ -52,8 +52,8 @@ class OneLearner:
     async def add(self, step: int, rows: ScoredRollouts) -> None:
         self.worker.add(step, rows, 0, len(rows))
 
-    async def update(self, step: int, kl_coef: float) -> UpdateStats:
-        return self.worker.update(step, kl_coef)
+    async def update(self, step: int, controls: Controls) -> UpdateStats:
+        return self.worker.update(step, controls)
 
     async def publish(self, version: int) -> None:
         snapshot = self.worker.publish(version, str(self.store))

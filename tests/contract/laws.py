@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_cluster.records import Members, RefLogprobs, Rollouts, ScoredRollouts, Scores
+from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores
 from rlhf_cluster.rooms import Generation, Learner, Reference, RewardModel
 
 EOS = 258
@@ -141,7 +141,7 @@ async def take_in(learner: Learner, step: int) -> None:
 async def updates_count_the_versions(learner: Learner) -> None:
     for step in range(2):
         await take_in(learner, step)
-        stats = await learner.update(step, 0.02)
+        stats = await learner.update(step, Controls(0.02))
         assert (stats.step, stats.weight_version) == (step, step + 1)
         assert np.isfinite(list(stats.metrics.values())).all()
         assert "objective/kl" in stats.metrics  # what the loop's KL object is told
@@ -151,15 +151,15 @@ async def updates_count_the_versions(learner: Learner) -> None:
 async def two_batches_may_be_open(learner: Learner) -> None:
     await take_in(learner, 0)
     await take_in(learner, 1)
-    assert [(await learner.update(step, 0.02)).weight_version for step in range(2)] == [1, 2]
+    assert [(await learner.update(step, Controls(0.02))).weight_version for step in range(2)] == [1, 2]
 
 
 async def what_was_applied_may_be_repeated(learner: Learner) -> None:
     await take_in(learner, 0)
     await learner.begin(0, scored().sample_id)
     await learner.add(0, scored().slice(1, 4))
-    first = await learner.update(0, 0.02)
-    assert await learner.update(0, 0.02) == first
+    first = await learner.update(0, Controls(0.02))
+    assert await learner.update(0, Controls(0.02)) == first
     await learner.publish(1)
     await learner.publish(1)
 
@@ -168,12 +168,12 @@ async def verbs_out_of_turn_are_refused(learner: Learner) -> None:
     with pytest.raises(RuntimeError, match="rows of batch 3 arrived"):
         await learner.add(3, scored(3))
     with pytest.raises(RuntimeError, match="update of batch 3"):
-        await learner.update(3, 0.02)
+        await learner.update(3, Controls(0.02))
 
 
 async def a_checkpoint_has_its_three_parts(learner: Learner, directory: Path) -> None:
     await take_in(learner, 0)
-    await learner.update(0, 0.02)
+    await learner.update(0, Controls(0.02))
     await learner.save(directory)
     assert sorted(path.name for path in directory.iterdir()) == ["critic", "policy", "state"]
     assert all(any(part.iterdir()) for part in directory.iterdir())

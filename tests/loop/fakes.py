@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_cluster.records import Members, Prompts, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
+from rlhf_cluster.records import Controls, Members, Prompts, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.rooms import NoReference, Rooms
 
 EOS = 258
@@ -139,7 +139,7 @@ class FakeLearner:
     staleness: dict[int, int] = field(default_factory=dict)  # by step, of the oldest token
     most_open: int = 0
     published: list[int] = field(default_factory=list)
-    coefs: list[float] = field(default_factory=list)
+    controls: list[Controls] = field(default_factory=list)
     last: UpdateStats | None = None
 
     async def begin(self, step: int, sample_ids: Sequence[str]) -> None:
@@ -158,7 +158,7 @@ class FakeLearner:
                 raise OutOfTurn(f"{sample_id} is no member of batch {step}")
             batch[sample_id] = batch[sample_id] or rows.take([index])
 
-    async def update(self, step: int, kl_coef: float) -> UpdateStats:
+    async def update(self, step: int, controls: Controls) -> UpdateStats:
         if self.last is not None and self.last.step == step:
             return self.last
         self.events("update", step)
@@ -174,7 +174,7 @@ class FakeLearner:
         await asyncio.sleep(0)
         self.rows[step], self.trained[step] = rows, rows.sample_id
         self.staleness[step] = self.version - min(int(v.min()) for v in rows.weight_versions)
-        self.coefs.append(kl_coef)
+        self.controls.append(controls)
         self.version = step + 1
         metrics = {"objective/kl": 0.5, "critic/score/mean": float(rows.score.mean())}
         self.last = UpdateStats(step, self.version, metrics)

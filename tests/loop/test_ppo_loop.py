@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import Broken, Events, FakeRooms, as_they_came, prompts, shuffled
 
 from rlhf_cluster import ppo
 from rlhf_cluster.config import KLConfig, PPOConfig
 from rlhf_cluster.data.batches import PromptOrder
-from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.records import Controls, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, MetricsRecord, read_metrics
@@ -34,12 +35,12 @@ class RunOfLoop:
     shown: list[int] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # tasks that were still pending when `train` ended
 
-    def __call__(self, start: int = 0, **changed: Any) -> RunOfLoop:
+    def __call__(self, start: ppo.Start = ppo.AT_FIRST, **changed: Any) -> RunOfLoop:
         cfg = PPOConfig(steps=STEPS, batch_size=BATCH, samples_per_prompt=2, minibatch_size=4, **changed)
         asyncio.run(self._run(cfg, start))
         return self
 
-    async def _run(self, cfg: PPOConfig, start: int) -> None:
+    async def _run(self, cfg: PPOConfig, start: ppo.Start) -> None:
         def fail(sentence: str) -> None:
             raise AssertionError(sentence)
 
@@ -167,7 +168,34 @@ def test_with_a_penalty_rows_carry_the_reference(tmp_path: Path) -> None:
     rows = ReferencedRollouts(run.rollouts.read(0))
     pairs = zip(rows.rollout_logprobs, rows.ref_logprobs, strict=True)
     assert all((own - ref).tolist() == pytest.approx([0.5] * len(own)) for own, ref in pairs)
-    assert run.fakes.learner.coefs == [0.3] * STEPS
+    assert run.fakes.learner.controls == [Controls(0.3)] * STEPS
+
+
+ADAPTIVE = KLConfig("adaptive", coef=0.1, target=0.4, horizon=80)
+
+
+def test_an_adaptive_coefficient_follows_the_kl_by_hand(tmp_path: Path) -> None:
+    """The fake's KL is 0.5: an error of 0.25, held at 0.2; 8 responses of 80 make it a factor of 1.02 each time."""
+    run = RunOfLoop(tmp_path)(kl=ADAPTIVE)
+    found = [controls.kl_coef for controls in run.fakes.learner.controls]
+    assert found == pytest.approx([0.1 * 1.02**step for step in range(STEPS)])
+    assert [record.metrics["actor/kl_coef"] for record in run.metrics] == found
+
+
+def test_scores_are_normalised_by_those_of_all_batches_so_far(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)(score_norm=True)
+    seen = np.zeros(0)
+    for step, controls in enumerate(run.fakes.learner.controls):
+        seen = np.concatenate([seen, ReferencedRollouts(run.rollouts.read(step)).score])
+        assert (controls.score_mean, controls.score_std) == pytest.approx((seen.mean(), seen.std()))
+
+
+def test_a_resumed_run_steers_on_as_the_whole_one(tmp_path: Path) -> None:
+    changed = {"kl": ADAPTIVE, "score_norm": True}
+    whole = RunOfLoop(tmp_path / "whole")(save_every=3, **changed)
+    start = ppo.resume(whole.checkpoints.directory / "step-3")
+    rest = RunOfLoop(tmp_path / "rest", FakeRooms(version=3))(start=start, **changed)
+    assert rest.fakes.learner.controls == whole.fakes.learner.controls[3:]
 
 
 def test_without_a_penalty_no_reference_is_asked(tmp_path: Path) -> None:
@@ -213,14 +241,14 @@ def test_checkpoints_every_so_often_and_at_the_end(tmp_path: Path, save_every: i
     newest = run.checkpoints.latest()
     assert newest is not None
     run.checkpoints.verify(newest)
-    assert ppo.resume_step(newest.path) == newest.step == STEPS
+    assert ppo.resume(newest.path).step == newest.step == STEPS
     assert (newest.path / "policy" / "weights").read_text() == f"version {STEPS}"
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_a_resumed_run_does_the_steps_that_were_left(tmp_path: Path, max_staleness: int) -> None:
     whole = RunOfLoop(tmp_path / "whole")(max_staleness=max_staleness)
-    rest = RunOfLoop(tmp_path / "rest", FakeRooms(version=3))(start=3, max_staleness=max_staleness)
+    rest = RunOfLoop(tmp_path / "rest", FakeRooms(version=3))(start=ppo.Start(3), max_staleness=max_staleness)
     for verb in ("begin", "update"):
         assert rest.fakes.events.of(verb) == [event for event in whole.fakes.events.of(verb) if event[1] >= 3]
     assert rest.fakes.learner.trained == {step: members(step) for step in (3, 4)}
@@ -233,7 +261,7 @@ def test_a_resumed_run_does_the_steps_that_were_left(tmp_path: Path, max_stalene
 
 
 def test_a_run_that_is_done_starts_nothing(tmp_path: Path) -> None:
-    run = RunOfLoop(tmp_path)(start=STEPS)
+    run = RunOfLoop(tmp_path)(start=ppo.Start(STEPS))
     assert run.fakes.events.log == []
     assert run.metrics == [] and run.checkpoints.latest() is None
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_cluster.algo.kl import FixedKL, k1, k2, k3
+from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL, k1, k2, k3
 
 
 def test_by_hand() -> None:
@@ -47,6 +47,31 @@ def test_fixed_coefficient_stays() -> None:
     controller.update(kl=100.0, batch_size=512)
     assert controller.coef == 0.02
     assert FixedKL(0.0).coef == 0
+
+
+def test_adaptive_coefficient_by_hand() -> None:
+    """Ziegler et al.'s numbers: target 6, horizon 10,000, batches of 500."""
+    controller = AdaptiveKL(0.15, target=6.0, horizon=10_000)
+    controller.update(kl=6.6, batch_size=500)  # error 0.1
+    assert controller.coef == pytest.approx(0.15 * 1.005)
+    controller.update(kl=60.0, batch_size=500)  # error held at 0.2
+    assert controller.coef == pytest.approx(0.15 * 1.005 * 1.01)
+    controller.update(kl=0.0, batch_size=500)  # error held at -0.2
+    assert controller.coef == pytest.approx(0.15 * 1.005 * 1.01 * 0.99)
+
+
+def test_law_an_adaptive_coefficient_reaches_a_working_target() -> None:
+    """Where the policy's KL falls as the coefficient rises (here KL = 1 / beta), the target is met and kept."""
+    controller = AdaptiveKL(0.01, target=5.0, horizon=1000)
+    for _ in range(1000):
+        controller.update(kl=1 / controller.coef, batch_size=64)
+    assert controller.coef == pytest.approx(0.2, rel=1e-3)
+
+
+@pytest.mark.parametrize("changed", [{"coef": 0.0}, {"target": 0.0}, {"horizon": -1.0}, {"coef": float("nan")}])
+def test_refuses_an_adaptive_coefficient_that_could_not_move(changed: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="it must be a finite number above 0"):
+        AdaptiveKL(**({"coef": 0.1, "target": 6.0, "horizon": 100.0} | changed))
 
 
 @pytest.mark.parametrize("coef", [-0.1, float("nan"), float("inf")])

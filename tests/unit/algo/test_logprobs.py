@@ -46,6 +46,18 @@ def test_gradient_by_hand() -> None:
     assert not entropy.requires_grad
 
 
+def test_the_entropy_s_gradient_where_it_is_asked_for() -> None:
+    """dH/dz_j = -pi_j (log pi_j + H); it is 0 for a uniform distribution, and nothing flows unless asked."""
+    logits = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
+    ids = torch.tensor([0])
+    assert not logprobs_from_logits(logits, ids, 1.0)[1].requires_grad
+    _, entropy = logprobs_from_logits(logits, ids, 1.0, entropy_gradient=True)
+    (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+    log_pi = logits.detach().log_softmax(-1)
+    expected = -log_pi.exp() * (log_pi + entropy.detach().unsqueeze(-1))
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_law_logprobs_of_all_tokens_sum_to_one_and_a_shift_of_the_logits_changes_nothing() -> None:
     logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
     every = torch.stack([logprobs_from_logits(logits, torch.full((3,), v), 1.3)[0] for v in range(5)])

@@ -45,6 +45,24 @@ class TestPolicyLoss:
         assert loss.ratio_max.item() == pytest.approx(1.5)
         assert loss.ratio_min.item() == pytest.approx(0.5)
 
+    def test_an_upper_clip_of_its_own_by_hand(self) -> None:
+        """DAPO: ratios 1.25 and 1.5 with 0.2 below and 0.28 above; 0.5 is held at 0.8."""
+        new = torch.tensor([[1.25, 1.5, 0.5]]).log().requires_grad_()
+        loss = policy_loss(new, torch.zeros(1, 3), torch.tensor([[1.0, 1.0, -1.0]]), torch.ones(1, 3), 0.2, 0.28)
+        loss.loss_sum.backward()
+        assert loss.loss_sum.item() == pytest.approx(-1.25 - 1.28 + 0.8, abs=1e-6)
+        assert new.grad[0].tolist() == pytest.approx([-1.25, 0.0, 0.0])
+
+    def test_the_dual_clip_by_hand(self) -> None:
+        """Ratios 2, 4 and 4 with d = 3: only what is both bad and beyond 3 is held, and does not pull any more."""
+        new = torch.tensor([[2.0, 4.0, 4.0]]).log().requires_grad_()
+        advantages = torch.tensor([[-1.0, -1.0, 1.0]])
+        loss = policy_loss(new, torch.zeros(1, 3), advantages, torch.ones(1, 3), 0.2, dual_clip=3.0)
+        loss.loss_sum.backward()
+        assert loss.loss_sum.item() == pytest.approx(2.0 + 3.0 - 1.2, abs=1e-6)
+        assert loss.dual_clipfrac_sum.item() == 1
+        assert new.grad[0].tolist() == pytest.approx([2.0, 0.0, 0.0])
+
     def test_as_plain_loops_do_it(self) -> None:
         new, old, advantages, mask = batch()
         loss, clipped = 0.0, 0

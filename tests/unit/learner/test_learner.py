@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_cluster.config import EngineConfig, LearnerConfig, ModelConfig, OptimizerConfig, PPOConfig, RewardConfig
+from rlhf_cluster.config import (
+    EngineConfig,
+    KLConfig,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RewardConfig,
+)
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.worker import LearnerError, LearnerWorker
 from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.records import Controls, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.scoring.worker import RewardWorker
 
 EOS, COUNT = 258, 8
 MODEL = ModelConfig(source="tiny", dtype="float32", attention="eager")
 Start = Callable[..., LearnerWorker]
+CONTROLS = Controls(0.02)
 
 
 def rows(step: int = 0) -> ReferencedRollouts:
@@ -66,10 +76,10 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> Start:
     """A learner as the run starts it. All live in this process's gang of one."""
 
-    def make(tokens_per_micro_batch: int = 64, epochs: int = 1, minibatch_size: int = 4) -> LearnerWorker:
+    def make(tokens_per_micro_batch: int = 64, minibatch_size: int = 4, **changed: Any) -> LearnerWorker:
         rate = OptimizerConfig(lr=1e-3)
         cfg = LearnerConfig(rate, rate, EngineConfig(tokens_per_micro_batch=tokens_per_micro_batch))
-        ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, epochs=epochs)
+        ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, **changed)
         worker = LearnerWorker(cfg, ppo, MODEL, temperature=0.7, seed=5)
         worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model)
         return worker
@@ -105,7 +115,7 @@ def test_the_first_minibatch_has_ratio_1_and_clips_nothing(start: Start) -> None
     """Old logprobs come from the same forward, in other micro-batches: equal up to rounding."""
     worker = start(minibatch_size=COUNT)
     give(worker, rows())
-    found = worker.update(0, 0.02).metrics
+    found = worker.update(0, Controls(0.02)).metrics
     assert found["actor/first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
     assert found["actor/first_ratio_min"] == pytest.approx(1.0, abs=1e-5)
     assert found["actor/first_clipfrac"] == found["actor/pg_clipfrac"] == found["critic/vf_clipfrac"] == 0.0
@@ -113,10 +123,59 @@ def test_the_first_minibatch_has_ratio_1_and_clips_nothing(start: Start) -> None
     assert found["actor/grad_norm"] > 1e-3  # advantages are whitened: the loss is 0, its gradient is not
 
 
+def updated(worker: LearnerWorker, controls: Controls = CONTROLS, step: int = 0) -> dict[str, float]:
+    give(worker, rows(step))
+    return dict(worker.update(step, controls).metrics)
+
+
+def test_an_entropy_bonus_makes_the_policy_less_sure(start: Start) -> None:
+    """Against the same update without: the bonus is the only difference."""
+    plain, rewarded = start(epochs=4), start(epochs=4, entropy_coef=1.0)
+    without, with_bonus = updated(plain), updated(rewarded)
+    assert with_bonus["actor/entropy"] > without["actor/entropy"] + 1e-4
+    assert with_bonus["critic/vf_loss"] == pytest.approx(without["critic/vf_loss"])
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_kl_loss_holds_the_policy_at_the_reference(start: Start, estimator: str) -> None:
+    """The reference of these rows is noise that no policy has; the loss pulls towards it all the same."""
+    plain = start(epochs=4, kl=KLConfig(loss_estimator=estimator, loss_coef=1e-9))
+    held = start(epochs=4, kl=KLConfig(loss_estimator=estimator, loss_coef=10.0))
+    assert updated(held)["actor/kl_loss"] < updated(plain)["actor/kl_loss"] - 1e-4
+
+
+def test_beyond_the_target_kl_the_minibatches_that_are_left_are_left_out(start: Start) -> None:
+    whole, stopped = updated(start(epochs=4)), updated(start(epochs=4, target_kl=1e-5))
+    assert whole["actor/minibatches_done"] == 1.0
+    # Of 8 minibatches the first is at the old policy; the second is past the target after one step.
+    assert stopped["actor/minibatches_done"] == pytest.approx(2 / 8)
+    assert stopped["actor/ppo_kl"] < whole["actor/ppo_kl"]
+
+
+def test_while_the_critic_warms_up_it_learns_alone(start: Start) -> None:
+    worker = start(critic_warmup=1)
+    before = weights(worker)
+    found = updated(worker)
+    after = weights(worker)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("critic/") for name in moved)
+    assert found["actor/lr"] == 0 and "actor/pg_loss" not in found
+    assert updated(worker, step=1)["actor/lr"] == 1e-3
+    assert any(not torch.equal(after[name], now) for name, now in weights(worker).items() if name.startswith("policy/"))
+
+
+def test_normalised_scores_make_the_rewards_of_the_norm(start: Start) -> None:
+    """No penalty: what is left of the rewards of a row is its score, shifted and scaled."""
+    found = updated(start(), Controls(0.0, score_mean=1.0, score_std=4.0))
+    scores = (rows().score - 1.0) / 4.0
+    assert found["objective/rlhf_reward"] == pytest.approx(scores.mean(), abs=1e-6)
+    assert found["objective/scores"] == pytest.approx(rows().score.mean(), abs=1e-6)
+
+
 def test_later_minibatches_do_move_away(start: Start) -> None:
     worker = start(epochs=4)
     give(worker, rows())
-    found = worker.update(0, 0.02).metrics
+    found = worker.update(0, Controls(0.02)).metrics
     assert found["actor/first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
     assert found["actor/ppo_kl"] > 1e-5
 
@@ -126,7 +185,7 @@ def test_the_size_of_micro_batches_changes_nothing(start: Start, limit: int) -> 
     one, other = start(64), start(limit)
     for worker in (one, other):
         give(worker, rows())
-    expected, found = (numbers(worker.update(0, 0.02).metrics) for worker in (one, other))
+    expected, found = (numbers(worker.update(0, Controls(0.02)).metrics) for worker in (one, other))
     assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
     assert distance(one, other) < 1e-5
     assert distance(one, start()) > 1e-4  # they did learn
@@ -137,7 +196,7 @@ def test_order_of_arrival_changes_nothing(start: Start, chunk: int) -> None:
     one, other = start(), start()
     give(one, rows())
     give(other, rows(), order=np.random.default_rng(chunk).permutation(COUNT).tolist(), chunk=chunk)
-    expected, found = (numbers(worker.update(0, 0.02).metrics) for worker in (one, other))
+    expected, found = (numbers(worker.update(0, Controls(0.02)).metrics) for worker in (one, other))
     assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
     assert distance(one, other) < 1e-5
 
@@ -148,26 +207,26 @@ def test_repeating_what_was_applied_changes_nothing(start: Start) -> None:
         give(worker, rows())
     assert other.begin(0, rows().sample_id) == dict.fromkeys(rows().sample_id, 0)
     other.add(0, rows(), 2, 6)
-    expected, first = one.update(0, 0.02), other.update(0, 0.02)
+    expected, first = one.update(0, Controls(0.02)), other.update(0, Controls(0.02))
     assert numbers(first.metrics) == numbers(expected.metrics)
     before = weights(other)
-    assert other.update(0, 0.02) is first
+    assert other.update(0, Controls(0.02)) is first
     other.begin(0, rows().sample_id)
     other.add(0, rows(), 0, COUNT)
-    assert other.update(0, 0.02) is first
+    assert other.update(0, Controls(0.02)) is first
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(other).items())
     assert distance(one, other) == 0.0
     with pytest.raises(LearnerError, match=r"update of batch 1, but the open batches are \[\]"):
-        other.update(1, 0.02)
+        other.update(1, Controls(0.02))
 
 
 def test_an_update_gives_the_next_version_and_closes_its_batch(start: Start) -> None:
     worker = start()
     give(worker, rows(0))
     give(worker, rows(1))  # two batches may be open
-    assert (worker.update(0, 0.02).weight_version, worker.update(1, 0.02).weight_version) == (1, 2)
+    assert (worker.update(0, Controls(0.02)).weight_version, worker.update(1, Controls(0.02)).weight_version) == (1, 2)
     with pytest.raises(LearnerError, match=r"update of batch 0, but the open batches are \[\]"):
-        worker.update(0, 0.02)
+        worker.update(0, Controls(0.02))
     with pytest.raises(LearnerError, match=r"rows of batch 7 arrived, but the open batches are \[\]"):
         worker.add(7, rows(7), 0, 1)
 
@@ -178,23 +237,23 @@ def test_a_batch_that_lost_rows_is_not_trained_on(start: Start) -> None:
     worker.add(0, rows(), 0, COUNT - 2)
     before = weights(worker)
     with pytest.raises(LearnerError, match=f"batch 0 lacks 2 of {COUNT} rows of rank 0"):
-        worker.update(0, 0.02)
+        worker.update(0, Controls(0.02))
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(worker).items())
 
 
 def test_a_saved_learner_goes_on_bit_by_bit(start: Start, tmp_path: Path) -> None:
     one, other = start(), start()
     give(one, rows(0))
-    one.update(0, 0.02)
+    one.update(0, Controls(0.02))
     one.save(str(tmp_path))
     give(other, rows(0))  # of an iteration that the checkpoint has behind it
     other.load(str(tmp_path), 1)
     with pytest.raises(LearnerError, match=r"the open batches are \[\]"):
-        other.update(0, 0.02)
+        other.update(0, Controls(0.02))
     assert distance(one, other) == 0.0
     for worker in (one, other):
         give(worker, rows(1))
-    expected, found = one.update(1, 0.02), other.update(1, 0.02)
+    expected, found = one.update(1, Controls(0.02)), other.update(1, Controls(0.02))
     assert numbers(found.metrics) == numbers(expected.metrics)
     assert found.weight_version == expected.weight_version == 2
     assert distance(one, other) == 0.0
@@ -203,7 +262,7 @@ def test_a_saved_learner_goes_on_bit_by_bit(start: Start, tmp_path: Path) -> Non
 def test_saved_models_are_what_was_learnt(start: Start, tmp_path: Path) -> None:
     worker = start()
     give(worker, rows())
-    worker.update(0, 0.02)
+    worker.update(0, Controls(0.02))
     worker.save(str(tmp_path))
     saved, learnt = load_file(tmp_path / "policy" / "model.safetensors"), weights(worker)
     assert all(torch.equal(tensor, learnt[f"policy/model.{name}"]) for name, tensor in saved.items())
@@ -260,6 +319,6 @@ def test_without_a_reference_the_kl_is_zero(start: Start) -> None:
     plain = ScoredRollouts(rows().table.drop_columns(["ref_logprobs"]))
     worker = start()
     give(worker, plain)
-    found = worker.update(0, 0.0).metrics
+    found = worker.update(0, Controls(0.0)).metrics
     assert found["objective/kl"] == found["objective/non_score_reward"] == 0.0
     assert found["objective/rlhf_reward"] == pytest.approx(found["objective/scores"])

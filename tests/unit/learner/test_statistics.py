@@ -11,6 +11,7 @@ import pytest
 from rlhf_cluster.config import AdvantageConfig, PPOConfig
 from rlhf_cluster.learner.experience import EvaluatedRow, make_experience
 from rlhf_cluster.learner.statistics import Tally, explained_variance, seconds_by_part, tally_experience
+from rlhf_cluster.records import Controls
 
 OnRanks = Callable[[int, Callable[[Any], Any]], list[Any]]
 
@@ -65,7 +66,7 @@ def found_over(
     cfg = PPOConfig(advantage=AdvantageConfig(lam=0.5, whiten=False), missing_eos_penalty=missing_eos_penalty)
 
     def work(ranks: Any) -> dict[str, float]:
-        experience, tally = make_experience(rows[ranks.rank :: world], cfg, 0.1, ranks), Tally()
+        experience, tally = make_experience(rows[ranks.rank :: world], cfg, Controls(0.1), ranks), Tally()
         tally_experience(tally, experience, weight_version=5)
         return tally.over(ranks) | {"explained": explained_variance(experience, ranks)}
 
