@@ -38,7 +38,7 @@ from rich.table import Table
 
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.hosts import environment
-from rlhf_cluster.cluster.placement import Attempt, PPOPaths, open_rooms
+from rlhf_cluster.cluster.placement import Attempt, PPOInputs, open_rooms
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.config import RewardConfig, RunConfig, load
 from rlhf_cluster.data.batches import PromptOrder
@@ -148,7 +148,7 @@ class Iterations:
 
 async def measure(cfg: RunConfig, inputs: Inputs, prompts: Prompts, work: Path, shown: Iterations) -> Mapping[str, int]:
     """Runs every iteration; returns the peak memory of each process in bytes."""
-    paths = PPOPaths(inputs.base_path, inputs.base_path, Path(cfg.reward.path))
+    paths = PPOInputs(inputs.base_path, inputs.base_path, Path(cfg.reward.path))
     async with open_rooms(cfg, Attempt(cfg.name, 0, work / "logs"), paths) as opened:
         log = ppo.Log(
             MetricsLog([shown], lambda sentence: print(sentence, file=sys.stderr)),

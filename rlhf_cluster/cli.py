@@ -13,6 +13,7 @@ from pathlib import Path
 from rlhf_cluster.config import ConfigError, RunConfig, load, load_file, to_yaml
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+DATA_FILES = ("path", "prompts", "demonstrations", "comparisons", "pretraining")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,7 +162,7 @@ def for_cluster(cfg: RunConfig) -> RunConfig:
         "policy_path": cfg.policy_path,
         "reward.path": cfg.reward.path,
         "reference.path": cfg.reference.path,
-        **{f"data.{name}": getattr(cfg.data, name) for name in ("path", "prompts", "demonstrations", "comparisons")},
+        **{f"data.{name}": getattr(cfg.data, name) for name in DATA_FILES},
     }
     if Path(cfg.model.path).is_dir():  # not a hub id
         must["model.path"] = cfg.model.path

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cluster.config import ConfigError, RunConfig
+from rlhf_cluster.data.rows import Place
 from rlhf_cluster.data.sources import load_corpus
 from rlhf_cluster.data.split import Corpus
+from rlhf_cluster.data.text import pack_texts, read_texts
 from rlhf_cluster.data.tokenize import encode_comparisons, encode_demonstrations, encode_prompts
 from rlhf_cluster.models.build import prepare_model
 from rlhf_cluster.models.load import load_config
 from rlhf_cluster.models.score_head import check_scalar_head
 from rlhf_cluster.models.tokenizer import context_length, load_tokenizer
-from rlhf_cluster.records import Comparisons, Demonstrations, Prompts
+from rlhf_cluster.records import Comparisons, Demonstrations, Pretraining, Prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Inputs:
     demonstrations: Demonstrations
     comparisons: Comparisons
     heldout_comparisons: Comparisons
+    pretraining: Pretraining
     dropped: dict[str, int]
 
     def text(self, ids: Any) -> str:
@@ -70,8 +73,17 @@ def encode(corpus: Corpus, cfg: RunConfig, base_path: Path, tokenizer: Any) -> I
         demonstrations.record,
         comparisons.record,
         heldout_comparisons.record,
+        _pretraining(cfg, tokenizer),
         dict(dropped),
     )
+
+
+def _pretraining(cfg: RunConfig, tokenizer: Any) -> Pretraining:
+    """Text for PPO-ptx, where it is mixed in."""
+    if "ppo" not in cfg.stages or not cfg.ppo.ptx.coef:
+        return Pretraining.empty()
+    path, tokens = cfg.data.pretraining, cfg.ppo.ptx.tokens or cfg.model.context
+    return pack_texts(read_texts(path), tokenizer, tokens, Place(path))
 
 
 def _require_models(cfg: RunConfig, base_path: Path) -> None:

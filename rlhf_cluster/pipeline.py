@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rlhf_cluster import ppo, rm, sft
-from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOPaths, open_generation, open_rooms
+from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, open_generation, open_rooms
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.cluster.train import train_on_ranks
 from rlhf_cluster.config import ConfigError, Resources, RunConfig, differences, load_file, to_yaml
@@ -246,7 +246,8 @@ async def _run_ppo(run: Run) -> None:
     reward_model = Path(cfg.reward.path) if cfg.reward.path else trained / "reward_model" if trained else None
     reference = Path(cfg.reference.path) if cfg.reference.path else run.start_policy
     run.progress.note("ppo: starting generation, reward, reference and learner workers")
-    async with open_rooms(cfg, run.attempt, PPOPaths(run.start_policy, reference, reward_model)) as opened:
+    inputs = PPOInputs(run.start_policy, reference, reward_model, run.inputs.pretraining)
+    async with open_rooms(cfg, run.attempt, inputs) as opened:
         start = await _resume(run, opened, checkpoints)
         before = await _before(run, opened)
         log = ppo.Log(

@@ -176,6 +176,13 @@ class Comparisons(Record):
 
 
 @dataclass(frozen=True, eq=False)
+class Pretraining(Record):
+    """Blocks of running text, all of one length, for the pretraining mix (InstructGPT eq. 2)."""
+
+    token_ids = Column(TOKENS)
+
+
+@dataclass(frozen=True, eq=False)
 class Members(Prompts):
     """The members of a batch, fixed at admission: which response to sample, and with which seed."""
 

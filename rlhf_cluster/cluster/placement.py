@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlhf_cluster.cluster.hosts import Host, reserved, set_apart, spawn
 from rlhf_cluster.cluster.waits import Call, answer
 from rlhf_cluster.config import Resources, RunConfig
 from rlhf_cluster.learner.worker import LearnerWorker
+from rlhf_cluster.records import Pretraining
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import NoReference, Rooms
 from rlhf_cluster.scoring.worker import RewardWorker
@@ -42,12 +43,14 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class PPOPaths:
-    """What the workers of PPO load: plain Hugging Face directories. No reward model: a random or external reward."""
+class PPOInputs:
+    """What the workers of PPO begin with: plain Hugging Face directories, and text for a pretraining mix (empty: none).
+    No reward model: a random or external reward."""
 
     policy: Path
     reference: Path
     reward_model: Path | None
+    pretraining: Pretraining = field(default_factory=Pretraining.empty)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Starter:
             hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
         return hosts, [self._answer(host, "start", host.actor.start.remote(version)) for host in hosts]
 
-    async def start_learner(self, paths: PPOPaths) -> tuple[list[Host], WeightChannel]:
+    async def start_learner(self, inputs: PPOInputs) -> tuple[list[Host], WeightChannel]:
         """All ranks in one placement group, so that they start together or not at all, and the weight store beside
         rank 0."""
         cfg, resources = self.cfg, self.cfg.learner.resources
@@ -100,7 +103,8 @@ class Starter:
             for index in range(resources.workers)
         ]
         endpoint = await self._answer(hosts[0], "endpoint", hosts[0].actor.endpoint.remote())
-        starting = (len(hosts), endpoint, cfg.cluster.call_timeout_s, paths.policy, paths.reward_model)
+        text = ray.put(inputs.pretraining)  # once for all ranks
+        starting = (len(hosts), endpoint, cfg.cluster.call_timeout_s, inputs.policy, inputs.reward_model, text)
         channel, *_ = await asyncio.gather(
             self.open_channel(group),
             *(self._answer(host, "start", host.actor.start.remote(rank, *starting)) for rank, host in enumerate(hosts)),
@@ -169,20 +173,20 @@ async def open_generation(cfg: RunConfig, attempt: Attempt, policy: Path) -> Asy
 
 
 @asynccontextmanager
-async def open_rooms(cfg: RunConfig, attempt: Attempt, paths: PPOPaths) -> AsyncIterator[OpenRooms]:
+async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> AsyncIterator[OpenRooms]:
     """All rooms of PPO, started side by side."""
     starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
     try:
-        generation, starting = starter.start_generation(paths.policy, 0)
-        reward_args = (cfg.reward, str(paths.reward_model), cfg.model.dtype, cfg.model.attention, cfg.seed)
+        generation, starting = starter.start_generation(inputs.policy, 0)
+        reward_args = (cfg.reward, str(inputs.reward_model), cfg.model.dtype, cfg.model.attention, cfg.seed)
         reward = starter.start(RewardWorker, "reward", cfg.reward.resources, reward_args)
         reference: list[Host] = []
         if cfg.ppo.kl.kind != "none":
             limit = cfg.reference.tokens_per_micro_batch
-            reference_args = (str(paths.reference), cfg.model.dtype, cfg.model.attention, limit)
+            reference_args = (str(inputs.reference), cfg.model.dtype, cfg.model.attention, limit)
             reference = starter.start(ReferenceWorker, "reference", cfg.reference.resources, reference_args)
         (learner, channel), *_ = await asyncio.gather(
-            starter.start_learner(paths), starter.ready([*reward, *reference]), *starting
+            starter.start_learner(inputs), starter.ready([*reward, *reference]), *starting
         )
         group = LearnerGroup(learner, channel, deadline)
         rooms = Rooms(

@@ -48,6 +48,7 @@ class DataConfig:
     prompts: str = ""  # for files: prompts for PPO
     demonstrations: str = ""  # for files: demonstrations for SFT
     comparisons: str = ""  # for files: rankings for the reward model
+    pretraining: str = ""  # with any source: text for ppo.ptx, rows with `text` or plain .txt
     heldout_prompts: int = 64  # prompts kept away from training, for the comparison before/after
     heldout_fraction: float = 0.2  # share of comparisons kept away from reward-model training
     max_prompt_tokens: int = 256  # a longer prompt is refused (files) or dropped and counted (hh, oasst)
@@ -139,6 +140,15 @@ class AdvantageConfig:
 
 
 @dataclass
+class PTXConfig:
+    """A pretraining mix in the policy's updates: PPO-ptx (InstructGPT eq. 2, C.4)."""
+
+    coef: float = 0.0  # gamma; 27.8 in InstructGPT C.4; 0: plain PPO
+    ratio: int = 8  # pretraining examples for each response of a minibatch; 8 in InstructGPT C.4
+    tokens: int = 0  # of an example; 0: model.context
+
+
+@dataclass
 class PPOConfig:
     """Stage 3, proximal policy optimization (InstructGPT section 3.5, C.4)."""
 
@@ -166,6 +176,7 @@ class PPOConfig:
     keep_checkpoints: int = 0  # newest checkpoints that stay; 0: all
     kl: KLConfig = field(default_factory=KLConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    ptx: PTXConfig = field(default_factory=PTXConfig)
 
 
 @dataclass

@@ -70,6 +70,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.minibatch_size", cfg.ppo.minibatch_size),
         ("ppo.samples_per_prompt", cfg.ppo.samples_per_prompt),
         ("ppo.epochs", cfg.ppo.epochs),
+        ("ppo.ptx.ratio", cfg.ppo.ptx.ratio),
         ("generation.max_response_tokens", cfg.generation.max_response_tokens),
         ("generation.max_num_seqs", cfg.generation.max_num_seqs),
         ("generation.tensor_parallel", cfg.generation.tensor_parallel),
@@ -90,6 +91,8 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.clip", cfg.ppo.clip),
         ("ppo.clip_high", cfg.ppo.clip_high),
         ("ppo.entropy_coef", cfg.ppo.entropy_coef),
+        ("ppo.ptx.coef", cfg.ppo.ptx.coef),
+        ("ppo.ptx.tokens", cfg.ppo.ptx.tokens),
         ("ppo.target_kl", cfg.ppo.target_kl),
         ("ppo.critic_warmup", cfg.ppo.critic_warmup),
         ("ppo.value_clip", cfg.ppo.value_clip),
@@ -168,6 +171,19 @@ def _validate_kl(cfg: RunConfig) -> None:
     )
 
 
+def _validate_ptx(cfg: RunConfig) -> None:
+    ptx = cfg.ppo.ptx
+    _require(
+        ptx.coef == 0 or bool(cfg.data.pretraining),
+        f"ppo.ptx.coef={ptx.coef}, but data.pretraining is empty; name a file of text",
+    )
+    _require(
+        ptx.tokens <= cfg.model.context,
+        f"ppo.ptx.tokens={ptx.tokens} is more than model.context={cfg.model.context}; lower it",
+    )
+    _require(ptx.tokens != 1, "ppo.ptx.tokens=1: an example of one token has nothing to predict; use 2 or more")
+
+
 def _validate_ppo(cfg: RunConfig) -> None:
     ppo = cfg.ppo
     _require(
@@ -188,6 +204,7 @@ def _validate_ppo(cfg: RunConfig) -> None:
         f"learner.resources.workers={ranks} does not divide ppo.minibatch_size={ppo.minibatch_size}",
     )
     _validate_kl(cfg)
+    _validate_ptx(cfg)
     parallel, gpus = cfg.generation.tensor_parallel, cfg.generation.resources.num_gpus
     _require(
         parallel == 1 or not gpus or parallel == gpus,

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from rlhf_cluster.algo.kl import ESTIMATORS
-from rlhf_cluster.algo.losses import policy_loss, value_loss
+from rlhf_cluster.algo.losses import policy_loss, sft_loss, value_loss
 from rlhf_cluster.algo.masked import masked_sum
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.learner.experience import Experience
+from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.plan import BatchPlan
 from rlhf_cluster.learner.statistics import Tally, explained_variance, seconds_by_part, tally_experience
@@ -33,12 +34,20 @@ class StepRates:
 class Updater:
     """Runs one batch's updates on this rank. All ranks build and run one together."""
 
-    def __init__(self, models: ActorCritic, experience: Experience, cfg: PPOConfig, temperature: float) -> None:
+    def __init__(
+        self,
+        models: ActorCritic,
+        experience: Experience,
+        cfg: PPOConfig,
+        temperature: float,
+        mix: PretrainingMix | None = None,
+    ) -> None:
         self._models, self._experience, self._cfg, self._temperature = models, experience, cfg, temperature
+        self._mix = mix
         self._tally = Tally()
         self._seconds: dict[str, float] = defaultdict(float)
 
-    def run(self, plan: BatchPlan, seed: int, weight_version: int, rates: StepRates) -> dict[str, float]:
+    def run(self, plan: BatchPlan, seed: int, weight_version: int, rates: StepRates, step: int) -> dict[str, float]:
         """All epochs over all minibatches; returns the batch's metrics over all ranks."""
         tally_experience(self._tally, self._experience, weight_version)
         explained = explained_variance(self._experience, self._models.ranks)
@@ -47,6 +56,8 @@ class Updater:
         minibatches = [minibatch for order in plan.orders(self._cfg.epochs, seed) for minibatch in order]
         done = 0
         for done, minibatch in enumerate(minibatches, start=1):
+            if self._mix is not None and rates.policy:
+                self._mix_gradient(self._mix.share(step * len(minibatches) + done - 1, self._models.ranks))
             kl = self._minibatch(own[minibatch], tokens[minibatch], rates, first=done == 1)
             if self._cfg.target_kl and kl > self._cfg.target_kl:
                 break
@@ -76,6 +87,21 @@ class Updater:
         self._tally.mean("critic/grad_norm", self._models.critic.step(rates.critic), 1)
         self._seconds["optimizer"] += time.perf_counter() - start
         return float(self._models.ranks.sum(torch.tensor(moved, dtype=torch.float64))) / tokens
+
+    def _mix_gradient(self, blocks: Sequence[np.ndarray]) -> None:
+        """Into the policy's gradient that the minibatch adds to: coefficient x the mean over all ranks' tokens of the
+        language model's loss. The paper does not say what its 27.8 multiplies; here both losses are means over tokens.
+        A collective."""
+        start = time.perf_counter()
+        firsts, rests = [block[:1] for block in blocks], [block[1:] for block in blocks]
+        tokens = float(self._models.ranks.sum(torch.tensor(sum(map(len, rests)), dtype=torch.float64)))
+        for batch in self._models.micro_batches(firsts, rests):
+            logprobs, _ = self._models.policy(*batch.policy_arguments(), 1.0)
+            mask = self._token_mask(batch)
+            loss = sft_loss(logprobs, mask)
+            self._models.policy.backward(self._cfg.ptx.coef * loss / tokens)
+            self._tally.mean("ptx/loss", loss.detach(), float(mask.sum()))
+        self._seconds["ptx"] += time.perf_counter() - start
 
     def _policy_gradient(self, batch: PackedBatch, rows: Sequence[int], tokens: float, first: bool) -> float:
         """Returns the sum over this micro-batch's tokens that `actor/ppo_kl` is the mean of."""

@@ -15,6 +15,7 @@ from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks, join_ranks
 from rlhf_cluster.engine.schedule import learning_rate
 from rlhf_cluster.learner.experience import EvaluatedRow, make_experience
+from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic, Evaluation
 from rlhf_cluster.learner.plan import BatchPlan, plan_batch
 from rlhf_cluster.learner.state import load_state, save_state
@@ -24,7 +25,7 @@ from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.score_head import save_scalar_head_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import Controls, ReferencedRollouts, ScoredRollouts, UpdateStats
+from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot, write_snapshot
 
 
@@ -58,14 +59,18 @@ class LearnerWorker:
         timeout_s: float,
         policy_path: Path,
         critic_path: Path | None,
+        pretraining: Pretraining,
     ) -> None:
-        """`endpoint`: address and free port of rank 0, where the ranks meet."""
+        """`endpoint`: address and free port of rank 0, where the ranks meet. `pretraining` is empty without a mix."""
         torch.manual_seed(self._seed)
         self._ranks: Ranks = join_ranks(rank, world, *endpoint, timeout_s)
         self._tokenizer = load_tokenizer(policy_path, self._model.chat_template)
         self._models = ActorCritic(
             policy_path, critic_path, self._cfg, self._model, self._seed, self._ranks, self._ppo.entropy_coef > 0
         )
+
+        ptx, size = self._ppo.ptx, self._ppo.minibatch_size
+        self._mix = PretrainingMix(pretraining, ptx.ratio, size, self._seed) if ptx.coef else None
 
     @property
     def _engines(self) -> dict[str, TrainEngine]:
@@ -119,8 +124,8 @@ class LearnerWorker:
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
         experience = make_experience(rows, self._ppo, controls, self._ranks)
         rates = self._rates(step)
-        updater = Updater(self._models, experience, self._ppo, self._temperature)
-        metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates)
+        updater = Updater(self._models, experience, self._ppo, self._temperature, self._mix)
+        metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates, step)
         metrics |= seconds_by_part({"evaluate": batch.seconds})
         self._version = step + 1
         self._last = UpdateStats(step, self._version, metrics)

@@ -23,7 +23,7 @@ from ray_head import Head
 
 from rlhf_cluster.cluster.clients import GenerationPool, RewardPool
 from rlhf_cluster.cluster.hosts import Host
-from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOPaths, open_rooms
+from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, open_rooms
 from rlhf_cluster.cluster.waits import WorkerDied, WorkerError
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.batches import PromptOrder
@@ -78,7 +78,7 @@ def opening(
     attempt = Attempt(RUN, 1, tmp_path_factory.mktemp("logs"))
     members = PromptOrder(load_inputs(cfg).prompts, cfg.seed).members(STEP, cfg.ppo.batch_size, 1)
     with asyncio.Runner() as runner:
-        context = open_rooms(cfg, attempt, PPOPaths(policy, policy, reward_model))
+        context = open_rooms(cfg, attempt, PPOInputs(policy, policy, reward_model))
         opened = runner.run(context.__aenter__())
         processes = {host.name: process_of(host) for host in opened.hosts}
         yield Opening(runner, context, opened, members, processes)

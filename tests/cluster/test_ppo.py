@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup
-from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOPaths, Starter, open_rooms
+from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, Starter, open_rooms
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.inputs import load_inputs
@@ -60,7 +60,7 @@ class Scene:
 
     cfg: RunConfig
     prompts: Prompts
-    paths: PPOPaths
+    paths: PPOInputs
     opened: OpenRooms
     logs: Path
 
@@ -122,7 +122,7 @@ def scene(
         *("learner.policy.lr=1e-3", "learner.critic.lr=1e-3", "learner.engine.tokens_per_micro_batch=400"),
         *("generation.resources.workers=2", "reward.resources.workers=2"),
     )
-    logs, paths = tmp_path_factory.mktemp("logs"), PPOPaths(policy, policy, reward_model)
+    logs, paths = tmp_path_factory.mktemp("logs"), PPOInputs(policy, policy, reward_model)
     opening = open_rooms(with_gang(cfg, *GANGS[0]), Attempt("test-ppo", 1, logs), paths)
     opened = runner.run(opening.__aenter__())
     yield Scene(cfg, load_inputs(cfg).prompts, paths, opened, logs)

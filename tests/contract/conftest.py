@@ -13,7 +13,7 @@ from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import Controls, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
+from rlhf_cluster.records import Controls, Pretraining, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import Learner, Reference, RewardModel
 from rlhf_cluster.scoring.worker import RewardWorker
@@ -92,7 +92,7 @@ def real_learner(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int
     cfg = LearnerConfig(rate, rate, EngineConfig(tokens_per_micro_batch=64))
     model = ModelConfig(source="tiny", dtype="float32", attention="eager")
     worker = LearnerWorker(cfg, PPOConfig(batch_size=6, minibatch_size=3), model, temperature=1.0, seed=5)
-    worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model)
+    worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model, Pretraining.empty())
     return OneLearner(worker, tmp_path / "store")
 
 

@@ -156,6 +156,14 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
             r"with ppo\.kl\.kind=adaptive it must be above 0",
         ),
         ({"ppo": config.PPOConfig(kl=config.KLConfig(loss_estimator="k1"))}, r"loss_estimator=k1: .* one of k2, k3"),
+        (
+            {"ppo": config.PPOConfig(ptx=config.PTXConfig(27.8))},
+            r"ppo\.ptx\.coef=27\.8, but data\.pretraining is empty",
+        ),
+        (
+            {"ppo": config.PPOConfig(ptx=config.PTXConfig(tokens=513))},
+            r"ptx\.tokens=513 is more than model\.context=512",
+        ),
         ({"ppo": config.PPOConfig(dual_clip=0.5)}, r"ppo\.dual_clip=0\.5: it must be above 1, or 0"),
         ({"name": ".."}, r"name=\.\.: only letters, digits, \., _ and -, and no \. at the beginning"),
         ({"resume": "maybe"}, "resume=maybe: it must be one of auto, never"),

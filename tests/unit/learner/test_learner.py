@@ -18,21 +18,25 @@ from rlhf_cluster.config import (
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
+    PTXConfig,
     RewardConfig,
 )
 from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.worker import LearnerError, LearnerWorker
 from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import Controls, ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.scoring.worker import RewardWorker
 
 EOS, COUNT = 258, 8
 MODEL = ModelConfig(source="tiny", dtype="float32", attention="eager")
 Start = Callable[..., LearnerWorker]
 CONTROLS = Controls(0.02)
+NO_TEXT = Pretraining.empty()
+TEXT = Pretraining.of({"token_ids": np.random.default_rng(9).integers(0, 256, (6, 12)).tolist()})
 
 
 def rows(step: int = 0) -> ReferencedRollouts:
@@ -76,12 +80,14 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> Start:
     """A learner as the run starts it. All live in this process's gang of one."""
 
-    def make(tokens_per_micro_batch: int = 64, minibatch_size: int = 4, **changed: Any) -> LearnerWorker:
-        rate = OptimizerConfig(lr=1e-3)
+    def make(
+        tokens_per_micro_batch: int = 64, minibatch_size: int = 4, text: Pretraining = NO_TEXT, **changed: Any
+    ) -> LearnerWorker:
+        rate = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
         cfg = LearnerConfig(rate, rate, EngineConfig(tokens_per_micro_batch=tokens_per_micro_batch))
         ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, **changed)
         worker = LearnerWorker(cfg, ppo, MODEL, temperature=0.7, seed=5)
-        worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model)
+        worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model, text)
         return worker
 
     return make
@@ -162,6 +168,35 @@ def test_while_the_critic_warms_up_it_learns_alone(start: Start) -> None:
     assert found["actor/lr"] == 0 and "actor/pg_loss" not in found
     assert updated(worker, step=1)["actor/lr"] == 1e-3
     assert any(not torch.equal(after[name], now) for name, now in weights(worker).items() if name.startswith("policy/"))
+
+
+def first_moments(worker: LearnerWorker) -> dict[str, torch.Tensor]:
+    """After one step from nothing: (1 - beta_1) x the gradient."""
+    return {name: state["exp_avg"].clone() for name, state in worker._models.policy.full_state()}
+
+
+def test_the_mix_adds_its_coefficient_times_the_language_model_s_gradient(start: Start, tiny: Path) -> None:
+    """grad(PPO-ptx) = grad(PPO) + 27.8 grad(LM), the latter by plain torch over the same blocks."""
+    ptx = PTXConfig(coef=27.8, ratio=1)
+    plain, mixed = start(minibatch_size=COUNT), start(minibatch_size=COUNT, text=TEXT, ptx=ptx)
+    updated(plain)
+    found = updated(mixed)
+    model = load_policy(tiny, torch.float32, "eager")
+    ids = torch.tensor(np.array(PretrainingMix(TEXT, 1, COUNT, seed=5).share(0, mixed._ranks)), dtype=torch.long)
+    loss = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    assert found["ptx/loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    beta = OptimizerConfig().betas[0]
+    with_mix, without = first_moments(mixed), first_moments(plain)
+    for name, parameter in model.named_parameters():
+        expected = (1 - beta) * 27.8 * parameter.grad
+        torch.testing.assert_close(with_mix[f"model.{name}"] - without[f"model.{name}"], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_without_a_coefficient_the_mix_is_plain_ppo_bit_for_bit(start: Start) -> None:
+    plain, mixed = start(epochs=2), start(epochs=2, text=TEXT, ptx=PTXConfig(coef=0.0))
+    assert numbers(updated(plain)) == numbers(updated(mixed))
+    assert distance(plain, mixed) == 0
 
 
 def test_normalised_scores_make_the_rewards_of_the_norm(start: Start) -> None:

@@ -1,0 +1,55 @@
+"""Running text for the pretraining mix: documents from files, joined and cut into blocks.
+
+Takes rows with a `text` column (any kind of file that `readers` reads) or plain `.txt` files, each a document; gives
+`Pretraining`. EOS stands after every document; the last piece, shorter than a block, falls away.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_cluster.data.readers import read_rows
+from rlhf_cluster.data.rows import DataError, Place, column_names
+from rlhf_cluster.data.tokenize import Tokenizer
+from rlhf_cluster.records import Pretraining
+
+
+def read_texts(path: str) -> Iterator[str]:
+    """The documents of a file, a directory or a pattern. Raises DataError for none at all, or a row without text."""
+    if path.lower().endswith(".txt"):
+        yield from _plain_texts(path)
+        return
+    for row in read_rows(path):
+        text = row.values.get("text")
+        if not isinstance(text, str):
+            raise DataError(row.place, "missing column", f"'text'; the row has {column_names(row)}")
+        yield text
+
+
+def _plain_texts(path: str) -> Iterator[str]:
+    files = [path] if Path(path).exists() else sorted(glob.glob(path))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    if not files:
+        raise DataError(Place(path), "no such file or directory")
+    for file in files:
+        try:
+            yield Path(file).read_text("utf-8")
+        except UnicodeDecodeError as broken:
+            raise DataError(Place(file), "unreadable file", f"not UTF-8 text ({broken.reason})") from broken
+
+
+def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, tokens: int, place: Place) -> Pretraining:
+    """Blocks of `tokens` tokens each. Raises DataError where the text does not fill one."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError(place, "the tokenizer has no EOS token", "every document ends with one; set it")
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
+    count = len(ids) // tokens
+    if not count:
+        raise DataError(place, "too little text", f"{len(ids)} tokens; an example of the pretraining mix has {tokens}")
+    return Pretraining.of({"token_ids": list(np.array(ids[: count * tokens], np.int32).reshape(count, tokens))})
