@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from rlhf_cluster.config import ConfigError, RunConfig, load, load_file, to_yaml
@@ -33,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        print(f"rlhf-cluster: {_told(error)} (--traceback shows where)", file=sys.stderr)
+        cause = _told(error)
+        # Our own errors are sentences; for a library's, where it came from may help.
+        hint = "" if type(cause).__module__.startswith("rlhf_cluster") else " (--traceback shows where)"
+        print(f"rlhf-cluster: {str(cause) or type(cause).__name__}{hint}", file=sys.stderr)
         return FAILED
 
 
@@ -45,11 +49,11 @@ def refusals() -> tuple[type[Exception], ...]:
     return ConfigError, DataError, ModelError
 
 
-def _told(error: BaseException) -> str:
-    """The sentence of the first real error: task groups wrap what went wrong."""
+def _told(error: BaseException) -> BaseException:
+    """The first real error: task groups wrap what went wrong."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return str(error) or type(error).__name__
+    return error
 
 
 def _as_interrupt(*_: object) -> None:
@@ -68,6 +72,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="rlhf-cluster", description="InstructGPT's three steps as a distributed system.")
+    top.add_argument("--version", action="version", version=f"rlhf-cluster {version('rlhf-cluster')}")
     top.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -83,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         _config_arguments(command(name, function, text))
     data = command("data", data_check, "say what a data file is and what would be dropped")
     data.add_argument("action", choices=["check"])
-    data.add_argument("path", type=Path)
+    data.add_argument("path")
     data.add_argument("--model", help="tokenizer for token lengths: a Hugging Face directory")
     chat = command("chat", chat_with, "talk to the result of a run in the terminal")
     chat.add_argument("run_dir", type=Path)
@@ -117,16 +122,17 @@ def _address(sub: argparse.ArgumentParser) -> None:
 
 
 def _config_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--stage", default="pipeline", help="the primary config: pipeline, sft, rm or ppo")
+    sub.add_argument("--stage", help="the primary config: pipeline (the default), sft, rm or ppo")
     sub.add_argument("--config", type=Path, help="a resolved config file instead of overrides")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe=quickstart ppo.kl.coef=0.05 ...")
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     if args.config is None:
-        return load(args.overrides, args.stage)
-    if args.overrides:
-        raise ConfigError(f"--config {args.config} is resolved already; leave out {' '.join(args.overrides)}")
+        return load(args.overrides, args.stage or "pipeline")
+    if args.overrides or args.stage:
+        others = [*args.overrides, *([f"--stage {args.stage}"] if args.stage else [])]
+        raise ConfigError(f"--config {args.config} is resolved already; leave out {' '.join(others)}")
     return load_file(args.config)
 
 
@@ -187,7 +193,9 @@ def data_check(args: argparse.Namespace) -> int:
     from rlhf_cluster.data.check import check
     from rlhf_cluster.models.tokenizer import load_tokenizer
 
-    report = check(str(args.path), load_tokenizer(Path(args.model)) if args.model else None)
+    if not args.path:
+        raise ConfigError("the path is empty; name a file, a directory of shards or a pattern")
+    report = check(args.path, load_tokenizer(Path(args.model)) if args.model else None)
     print(report)
     return 0 if report.accepted else REFUSED
 

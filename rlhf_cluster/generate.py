@@ -29,6 +29,8 @@ def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> int:
     cfg, policy = result_config(run_dir), result_policy(run_dir)
     if output and not output.resolve().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {output.resolve().parent}; make it first")
+    if output and output.is_dir():
+        raise ConfigError(f"--output {output}: it is a directory; name a file")
     tokenizer = load_tokenizer(policy)
     rows = list(read_rows(str(prompts_file)))
     prompts = encode_prompts([*map(parse_prompt, rows)], tokenizer, cfg.data.max_prompt_tokens).record

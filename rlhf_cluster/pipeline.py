@@ -29,7 +29,7 @@ from rlhf_cluster.inputs import Inputs, load_inputs
 from rlhf_cluster.ranking import RankingError, rank_samples, split_comparisons
 from rlhf_cluster.records import Comparisons, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
-from rlhf_cluster.storage.durable import replace_text
+from rlhf_cluster.storage.durable import StorageError, replace_text
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.storage.run_directory import RunDirectory
 from rlhf_cluster.telemetry.calibration import calibration, write_calibration
@@ -42,6 +42,7 @@ from rlhf_cluster.telemetry.tensorboard import TensorBoardSink
 from rlhf_cluster.telemetry.timer import Timeline, Timer
 
 COMPARISONS_FILE = "comparisons.parquet"
+SHOWN = 5  # differences from a run's config that a sentence names
 HELDOUT_STEP = -1  # the label of the held-out batch: the same seeds before and after, never a training step
 
 
@@ -74,8 +75,11 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
     """Runs the stages of `cfg`; returns the run's directory. Everything that can be refused is refused first."""
     inputs = load_inputs(cfg)
     path = Path(cfg.dir or Path("runs") / cfg.name).resolve()
-    with RunDirectory(path) as directory:
+    with _claimed(path) as directory:
         _refuse_another_run(directory, cfg)
+        if _is_finished(directory, cfg):
+            print(f"{path} holds this run, finished: rlhf-cluster chat {path}, or choose another name to run it again")
+            return path
         directory.begin_attempt()
         with driver_log(directory.attempt_logs / "driver.log") as terminal, _metrics(cfg, directory, terminal) as shown:
             progress, metrics = shown
@@ -98,15 +102,35 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
     return path
 
 
+def _claimed(path: Path) -> RunDirectory:
+    """A directory that cannot be had is refused like other bad input: nothing has begun."""
+    try:
+        return RunDirectory(path)
+    except StorageError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _is_finished(directory: RunDirectory, cfg: RunConfig) -> bool:
+    stages = all(directory.stage_output(stage) for stage in cfg.stages if stage != ppo.STAGE)
+    return directory.holds_run and stages and (ppo.STAGE not in cfg.stages or _ppo_is_finished(directory, cfg))
+
+
+def _ppo_is_finished(directory: RunDirectory, cfg: RunConfig) -> bool:
+    last = Checkpoints(directory.checkpoints).latest()
+    return (directory.path / COMPARISON_FILE).is_file() and last is not None and last.step == cfg.ppo.steps
+
+
 def _refuse_another_run(directory: RunDirectory, cfg: RunConfig) -> None:
-    """Two different runs are never mixed in one directory."""
-    if not directory.holds_run:
+    """Two different runs are never mixed in one directory; a run of which nothing was finished is none yet."""
+    begun = any(directory.stages.iterdir()) or any(directory.checkpoints.iterdir())
+    if not directory.holds_run or (not begun and cfg.resume == "auto"):
         return
     if cfg.resume == "never":
         raise ConfigError(f"{directory.path} holds a run already and resume=never; choose another dir")
     if differing := differences(cfg, load_file(directory.resolved_config)):
         raise ConfigError(
-            f"{directory.path} holds a run with another config (here: {', '.join(differing)}); "
+            f"{directory.path} holds a run with another config (here: {'; '.join(differing[:SHOWN])}"
+            f"{f'; and {len(differing) - SHOWN} more' if len(differing) > SHOWN else ''}); "
             "choose another dir, or give the same overrides to continue it"
         )
 
@@ -233,8 +257,7 @@ async def _rank(run: Run) -> Comparisons:
 
 def run_ppo(run: Run) -> None:
     """Stage 3: checkpoints, and the comparison before/after on the held-out prompts, which is its last word."""
-    last = Checkpoints(run.directory.checkpoints).latest()
-    if (run.directory.path / COMPARISON_FILE).is_file() and last is not None and last.step == run.cfg.ppo.steps:
+    if _ppo_is_finished(run.directory, run.cfg):
         run.progress.note("ppo: finished before")
         return
     asyncio.run(_run_ppo(run))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 RESOLVED_CONFIG = "resolved.yaml"
 RUN_FROM_CONFIG = ("python", "-m", "rlhf_cluster.cli", "run", "--config", RESOLVED_CONFIG)
 
+JOB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 REQUEST_DEADLINE_S = 60.0  # one answer of the head node; the first job on a node waits for its agent
 END_DEADLINE_S = 90.0  # from a job's last log line, or from `stop`, to its final state
 STOP_WAIT_S = 60  # what a stopped driver has to end its workers; Ray's own 3 s are too few
@@ -47,6 +49,8 @@ def submit(
     The job's working directory holds that one file and is thrown away by Ray, so paths in the config must be absolute.
     Raises JobError, also when `submission_id` is taken.
     """
+    if submission_id and not JOB_ID.fullmatch(submission_id):
+        raise JobError(f"--id {submission_id}: only letters, digits, ., _ and -, since files are named after it")
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="rlhf-cluster-job-") as working_dir, _clear_errors(address, submission_id):
         Path(working_dir, RESOLVED_CONFIG).write_text(resolved_yaml)
@@ -203,4 +207,9 @@ def _clear_errors(address: str, job_id: str = "") -> Iterator[None]:
             raise JobError(f"{address} knows no job {job_id!r}; `rlhf-cluster submit` prints a job's id") from error
         if "already exists" in str(error):
             raise JobError(f"{address} has a job {job_id!r} already; choose another submission id") from error
-        raise JobError(f"{address} refused: {error}") from error
+        if "No available agent" in str(error):
+            raise JobError(
+                f"{address} has no agent that could start a job; where another Ray runs on that machine, give the head "
+                "node a port of its own: ray start --dashboard-agent-listen-port"
+            ) from error
+        raise JobError(f"{address} refused: {str(error).splitlines()[0]}") from error

@@ -15,6 +15,8 @@ import ray
 from rlhf_cluster.cluster.hosts import reserved, set_apart
 from rlhf_cluster.config import ClusterConfig, ConfigError, Resources
 
+GONE_S = 10  # without an answer a Ray of our own is gone
+
 
 @contextmanager
 def ray_session(cfg: ClusterConfig, at_once: Mapping[str, Mapping[str, Resources]]) -> Iterator[None]:
@@ -58,6 +60,9 @@ def _start_local(cfg: ClusterConfig, num_cpus: int) -> None:
     # file in the user's home.
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # A signal to the whole process group (a terminal that closes, a batch system's stop) ends our Ray before us; what
+    # we still ask of it then must not wait for a minute.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(GONE_S))
     ray.init(
         address="local",
         num_cpus=num_cpus,

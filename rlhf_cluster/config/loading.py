@@ -45,12 +45,20 @@ def load(overrides: Sequence[str], config_name: str = "pipeline") -> RunConfig:
 
 def load_file(path: Path) -> RunConfig:
     """A resolved config that `to_yaml` wrote (a submitted job, a resumed run)."""
+    wanted = "a resolved config is wanted, as `rlhf-cluster config` prints it and a run keeps it"
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+        tree = OmegaConf.load(path)
+        if not tree:
+            raise ConfigError(f"{path} is empty; {wanted}")
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), tree))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {_one_sentence(error)}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line} is not YAML; {wanted}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_one_sentence(error)}; {wanted}") from error
     return validate(cfg)
 
 
@@ -59,7 +67,7 @@ def to_yaml(cfg: RunConfig) -> str:
 
 
 def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
-    """`key=value` of every key of `cfg` that makes it another run than `before`.
+    """`key=value, was value` of every key of `cfg` that makes it another run than `before`.
 
     Where a run lies, how it is shown, and on how much it computes may change when it goes on: a training state opens on
     any number of workers.
@@ -69,7 +77,14 @@ def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
         r"|.*\.(tokens_per_micro_batch|zero_stage|offload_optimizer)|generation\.(max_num_seqs|kv_cache_memory|flush_ms)"
     )
     old = dict(leaves(before))
-    return [f"{key}={value}" for key, value in leaves(cfg) if value != old[key] and not may_change.fullmatch(key)]
+    changed = [key for key, value in leaves(cfg) if value != old[key] and not may_change.fullmatch(key)]
+    new = dict(leaves(cfg))
+    return [f"{key}={_short(new[key])}, was {_short(old[key])}" for key in changed]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _choices(group: str) -> list[str]:
@@ -110,7 +125,14 @@ def _parsed(text: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(f"{text!r} cannot be read; an override is KEY=VALUE, as in ppo.kl.coef=0.05") from error
+        raise ConfigError(
+            f"{text!r} cannot be read; an override is KEY=VALUE, as in ppo.kl.coef=0.05, and a value with special "
+            "characters is quoted, as in name='\"a b\"'"
+        ) from error
+    if override.is_add() or override.is_force_add():
+        raise ConfigError(f"{text!r} would add a key, but all keys are there; leave out the +")
+    if override.is_sweep_override():
+        raise ConfigError(f"{text!r} names several values, but a run takes one; a list is written KEY=[1,2]")
     if override.is_delete():
         raise ConfigError(f"{text!r} would remove a key, but every key has a value; set it: KEY=VALUE")
     return override

@@ -15,7 +15,7 @@ def _require(condition: bool, sentence: str) -> None:
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
-    _require(value in allowed, f"{key}={value}: it must be one of {', '.join(allowed)}")
+    _require(value in allowed, f"{key}={value}: it must be one of {', '.join(name or 'nothing' for name in allowed)}")
 
 
 def validate(cfg: RunConfig) -> RunConfig:
@@ -23,6 +23,7 @@ def validate(cfg: RunConfig) -> RunConfig:
     for key, value in leaves(cfg):
         _require(not isinstance(value, float) or math.isfinite(value), f"{key}={value}: it must be a finite number")
     _validate_choices(cfg)
+    _validate_roles(cfg)
     _validate_ranges(cfg)
     _validate_stages(cfg)
     if "ppo" in cfg.stages:
@@ -50,15 +51,25 @@ def _validate_choices(cfg: RunConfig) -> None:
         _one_of("stages", stage, STAGES)
 
 
-def _validate_ranges(cfg: RunConfig) -> None:
+def _validate_roles(cfg: RunConfig) -> None:
+    """What workers take, and how they learn."""
     for name, resources in roles(cfg).items():
         _require(resources.workers >= 1, f"{name}.resources.workers={resources.workers}: at least 1 is needed")
         _require(resources.threads >= 1, f"{name}.resources.threads={resources.threads}: at least 1 is needed")
+        _require(resources.num_gpus >= 0, f"{name}.resources.num_gpus={resources.num_gpus}: it must not be negative")
+        _require(resources.memory >= 0, f"{name}.resources.memory={resources.memory}: bytes, or 0 to reserve none")
         _require(resources.num_cpus > 0, f"{name}.resources.num_cpus={resources.num_cpus}: it must be above 0, as 0.01")
     for name, engine in (("sft", cfg.sft.engine), ("rm", cfg.rm.engine), ("learner", cfg.learner.engine)):
         _require(0 <= engine.zero_stage <= 3, f"{name}.engine.zero_stage={engine.zero_stage}: it must be 0, 1, 2 or 3")
     for name, optimizer in optimizers(cfg):
-        _require(optimizer.lr > 0, f"{name}.lr={optimizer.lr}: it must be above 0")
+        for key in ("lr", "eps"):
+            _require(getattr(optimizer, key) > 0, f"{name}.{key}={getattr(optimizer, key)}: it must be above 0")
+        for key in ("warmup_steps", "weight_decay", "max_grad_norm", "final_lr_ratio"):
+            number = getattr(optimizer, key)
+            _require(number >= 0, f"{name}.{key}={number}: it must not be negative")
+
+
+def _validate_ranges(cfg: RunConfig) -> None:
     at_least_1 = (
         ("model.context", cfg.model.context),
         ("sft.epochs", cfg.sft.epochs),
@@ -80,7 +91,6 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("weights.keep", cfg.weights.keep),
     )
     shares = (
-        ("data.heldout_fraction", cfg.data.heldout_fraction),
         ("ppo.advantage.gamma", cfg.ppo.advantage.gamma),
         ("ppo.advantage.lam", cfg.ppo.advantage.lam),
         *((f"{name}.betas", beta) for name, optimizer in optimizers(cfg) for beta in optimizer.betas),
@@ -99,9 +109,9 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.score_clip", cfg.ppo.score_clip),
         ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
         ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
-        ("seed", cfg.seed),
         ("rm.layers", cfg.rm.layers),
         ("ppo.save_every", cfg.ppo.save_every),
+        ("data.heldout_prompts", cfg.data.heldout_prompts),
         ("data.max_prompts", cfg.data.max_prompts),
         ("data.max_demonstrations", cfg.data.max_demonstrations),
         ("data.max_comparisons", cfg.data.max_comparisons),
@@ -116,13 +126,31 @@ def _validate_ranges(cfg: RunConfig) -> None:
             _require(low <= number <= high, f"{key}={number}: it must {words}")
     for name, optimizer in optimizers(cfg):
         _require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
+    fraction = cfg.data.heldout_fraction
+    _require(0 <= fraction < 1, f"data.heldout_fraction={fraction}: it must be from 0 up to but not 1")
+    _require(0 <= cfg.seed < 1 << 32, f"seed={cfg.seed}: it must be from 0 to {(1 << 32) - 1}")
+    least = 1 << 20
+    _require(
+        cfg.generation.kv_cache_memory >= least,
+        f"generation.kv_cache_memory={cfg.generation.kv_cache_memory}: bytes, at least {least}",
+    )
+    for key, seconds in (
+        ("start_timeout_s", cfg.cluster.start_timeout_s),
+        ("call_timeout_s", cfg.cluster.call_timeout_s),
+    ):
+        _require(seconds > 0, f"cluster.{key}={seconds}: it must be above 0")
     _require(cfg.generation.temperature > 0, f"generation.temperature={cfg.generation.temperature}: it must be above 0")
     _require(cfg.ppo.max_staleness >= 0, f"ppo.max_staleness={cfg.ppo.max_staleness}: it must be 0 or more")
 
 
 def _validate_stages(cfg: RunConfig) -> None:
     named = re.fullmatch(r"[\w-][\w.-]*", cfg.name) is not None
+    _require(len(cfg.name) <= 100, f"name={cfg.name[:20]}...: {len(cfg.name)} letters; at most 100")
     _require(named, f"name={cfg.name}: only letters, digits, ., _ and -, and no . at the beginning")
+    _require(
+        re.fullmatch(r"local|auto|(ray://)?[\w.\-\[\]:]+:\d+", cfg.cluster.address) is not None,
+        f"cluster.address={cfg.cluster.address}: it must be local, auto or HOST:PORT",
+    )
     _require(bool(cfg.stages), "stages is empty; it must name at least one of sft, rm, ppo")
     order = [STAGES.index(stage) for stage in cfg.stages]
     _require(order == sorted(set(order)), f"stages={cfg.stages}: each at most once, in the order sft, rm, ppo")
@@ -201,7 +229,8 @@ def _validate_ppo(cfg: RunConfig) -> None:
     ranks = cfg.learner.resources.workers
     _require(
         ppo.minibatch_size % ranks == 0,
-        f"learner.resources.workers={ranks} does not divide ppo.minibatch_size={ppo.minibatch_size}",
+        f"learner.resources.workers={ranks} does not divide ppo.minibatch_size={ppo.minibatch_size}; use one of "
+        f"{', '.join(str(n) for n in range(1, ppo.minibatch_size + 1) if ppo.minibatch_size % n == 0)}",
     )
     _validate_kl(cfg)
     _validate_ptx(cfg)

@@ -184,4 +184,7 @@ def _lines(report: CheckReport) -> Iterable[str]:
         yield f"{entry.count:>9,} {reason}"
         yield from (f"{'':<12}{example}" for example in entry.examples)
     if not report.accepted:
-        yield f"a run would refuse it: {report.refused:,} of {report.rows:,} rows cannot be used"
+        if report.usable:
+            yield f"a run would refuse it: {report.refused:,} of {report.rows:,} rows cannot be used"
+        else:
+            yield "a run would refuse it: nothing of it can be used"

@@ -180,13 +180,17 @@ def _last_turn(messages: Sequence[Message], place: Place) -> tuple[tuple[Message
 def _not_empty(text: str, what: str, place: Place) -> str:
     if not text.strip():
         raise DataError(place, f"empty {what}", "only white space" if text else "")
+    try:
+        text.encode()
+    except UnicodeEncodeError as broken:
+        raise DataError(place, f"broken {what}", f"half a character (a lone surrogate) at {broken.start}") from broken
     return text
 
 
 def _rank(value: Any, place: Place) -> int:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value != int(value):
-        raise DataError(place, "bad rank", f"{value!r}; a rank is a whole number, 1 the best")
+    if not number or not math.isfinite(value) or value != int(value) or value < 0:
+        raise DataError(place, "bad rank", f"{value!r}; a rank is a whole number, 1 (or 0) the best")
     return int(value)
 
 

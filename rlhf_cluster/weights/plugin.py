@@ -1,6 +1,13 @@
-"""Loaded by vLLM in each of its processes, through the entry point `vllm.general_plugins`: makes our backend known."""
+"""Loaded by vLLM in each of its processes, through the entry point `vllm.general_plugins`: makes our backend known, and
+ties an engine's process to the worker that started it."""
 
 from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 
 BACKEND = "rlhf_cluster_shm"
 
@@ -11,3 +18,20 @@ def register() -> None:
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "rlhf_cluster.weights.receiver", "SharedMemoryReceiver")
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a process that `multiprocessing` started: ends it when its parent is gone, however that ended.
+
+    vLLM's engine process waits for requests and would outlive a worker that was killed, with all its memory; while it
+    starts it does not even take SIGTERM.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_await_end, args=(parent.sentinel,), name="end-with-parent", daemon=True).start()
+
+
+def _await_end(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -50,6 +50,10 @@ class Started:
         """Ctrl-C: the terminal sends SIGINT to the whole group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def terminate(self) -> None:
+        """SIGTERM to the whole group."""
+        os.killpg(self.process.pid, signal.SIGTERM)
+
     def end(self) -> Ended:
         assert self.process.stdout is not None
         self.said.extend(self.process.stdout)
@@ -107,6 +111,10 @@ class User:
             [COMMAND, *arguments], env=self._environment, input=lines, capture_output=True, text=True, timeout=200
         )
         return Ended(done.returncode, done.stdout, done.stderr)
+
+    def processes(self, name: str) -> list[int]:
+        """Living processes of commands with `name` in their command line."""
+        return [process.pid for process in self._processes() if name in " ".join(process.cmdline())]
 
     def left_behind(self) -> list[str]:
         """Processes of commands that have ended, after a while to end by themselves; they are killed."""

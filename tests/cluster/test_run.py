@@ -94,7 +94,7 @@ def test_the_same_command_again_finds_everything_done(smoke: tuple[Path, Ended],
     metrics = (directory / "metrics.jsonl").read_bytes()
     ended = user.types(*SMOKE, f"dir={directory}")
     assert (ended.code, ended.err) == (0, "")
-    assert re.findall(r"(\w+): finished before", ended.out) == ["sft", "rm", "ppo"]
+    assert re.fullmatch(rf"{directory} holds this run, finished: .*\n", ended.out)
     assert contents(directory) == before
     assert (directory / "metrics.jsonl").read_bytes() == metrics
     require_clean(user, directory)
@@ -110,7 +110,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_another_config_in_the_same_directory_is_refused(smoke: tuple[Path, Ended], user: User) -> None:
     ended = user.types(*SMOKE, f"dir={smoke[0]}", "ppo.steps=4")
     assert ended.code == 2
-    assert re.fullmatch(r"rlhf-cluster: .* holds a run with another config \(here: ppo\.steps=4\).*\n", ended.err)
+    assert re.fullmatch(
+        r"rlhf-cluster: .* holds a run with another config \(here: ppo\.steps=4, was \d+\).*\n", ended.err
+    )
 
 
 INTERRUPTED_AT = ("sft: 5 iterations", "ranking: ", "rm: 3 iterations", "ppo: starting", "ppo 2/3")
@@ -137,6 +139,21 @@ def test_ctrl_c_in_every_stage_and_the_same_command_goes_on(user: User, tmp_path
     assert f"ppo: continues from the checkpoint of iteration {checkpoint.step}" in ended.out
     require_complete(tmp_path / "run")
     require_clean(user, tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_signal_to_the_whole_group_leaves_no_engine_behind(user: User, tmp_path: Path) -> None:
+    """A terminal that closes, a batch system's stop: Ray ends before its driver, and vLLM's engine is a child of
+    neither."""
+    with user.starts(*SMOKE, f"dir={tmp_path / 'run'}", "stages=[ppo]", "reward=random") as started:
+        started.until("ppo: starting")
+        deadline = time.monotonic() + 120
+        while not user.processes("EngineCore") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert user.processes("EngineCore")
+        started.terminate()
+        assert started.end().code != 0
+    assert not user.left_behind()
 
 
 @pytest.mark.long

@@ -76,7 +76,10 @@ def test_the_papers_numbers_are_the_defaults(cfg: RunConfig) -> None:
     [
         ("ppo.stepz=3", r"^unknown key 'ppo\.stepz'; did you mean ppo\.steps"),
         ("modle=tiny", r"^unknown key 'modle'; did you mean model"),
-        ("+zzzzqqq=1", r"^unknown key 'zzzzqqq'$"),
+        ("zzzzqqq=1", r"^unknown key 'zzzzqqq'$"),
+        ("+ppo.steps=1", r"^'\+ppo\.steps=1' would add a key, but all keys are there; leave out the \+$"),
+        ("ppo.steps=1,2", r"^'ppo\.steps=1,2' names several values, but a run takes one"),
+        ("name=a b;c", r"cannot be read; an override is KEY=VALUE.*a value with special characters is quoted"),
         ("ppo.steps=abc", r"^ppo\.steps: Value 'abc' of type 'str' could not be converted to Integer$"),
         ("ppo.batch_size=1.5", r"^ppo\.batch_size: Value '1\.5'"),
         ("ppo=3", r"^ppo=3: ppo is a section; set a key of it, as ppo\.steps$"),
@@ -112,8 +115,14 @@ def test_an_unknown_stage_is_refused() -> None:
         ("reward.resources.workers=0", r"reward\.resources\.workers=0: at least 1"),
         ("learner.critic.lr=0", r"learner\.critic\.lr=0: it must be above 0"),
         ("generation.temperature=0", r"generation\.temperature=0: it must be above 0"),
-        ("seed=-1", r"seed=-1: it must not be negative"),
+        ("seed=-1", r"seed=-1: it must be from 0 to 4294967295"),
         ("ppo.max_staleness=-1", r"ppo\.max_staleness=-1: it must be 0 or more"),
+        ("seed=4294967296", r"seed=4294967296: it must be from 0 to 4294967295"),
+        ("generation.kv_cache_memory=1", r"generation\.kv_cache_memory=1: bytes, at least 1048576"),
+        ("sft.optimizer.warmup_steps=-1", r"sft\.optimizer\.warmup_steps=-1: it must not be negative"),
+        ("generation.resources.memory=-5", r"generation\.resources\.memory=-5: bytes, or 0"),
+        ("cluster.start_timeout_s=-1", r"cluster\.start_timeout_s=-1: it must be above 0"),
+        ("data.heldout_fraction=1", r"data\.heldout_fraction=1: it must be from 0 up to but not 1"),
         ("ppo.epochs=0", r"ppo\.epochs=0: it must be at least 1"),
         ("rm.ranking.responses=1", r"rm\.ranking\.responses=1: a ranking needs 2 or more"),
     ],
@@ -165,6 +174,9 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
             r"ptx\.tokens=513 is more than model\.context=512",
         ),
         ({"ppo": config.PPOConfig(dual_clip=0.5)}, r"ppo\.dual_clip=0\.5: it must be above 1, or 0"),
+        ({"cluster": config.ClusterConfig("foo")}, r"cluster\.address=foo: it must be local, auto or HOST:PORT"),
+        ({"evaluation": config.EvaluationConfig("foo")}, "gold=foo: it must be one of nothing, vader, letters"),
+        ({"name": "x" * 101}, r"name=xxxxx.*: 101 letters; at most 100"),
         ({"name": ".."}, r"name=\.\.: only letters, digits, \., _ and -, and no \. at the beginning"),
         ({"resume": "maybe"}, "resume=maybe: it must be one of auto, never"),
     ],
@@ -187,7 +199,8 @@ def test_ppo_alone_runs_on_a_random_reward(cfg: RunConfig) -> None:
     [
         ("ppo: {stepz: 3}", r"resolved\.yaml: ppo\.stepz: Key 'stepz' not in 'PPOConfig'"),
         ("[1]", r"resolved\.yaml: "),
-        ("ppo: [", r"resolved\.yaml: "),
+        ("ppo: [", r"resolved\.yaml, line 1 is not YAML; a resolved config is wanted"),
+        ("", r"resolved\.yaml is empty; a resolved config is wanted"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, sentence: str) -> None:
@@ -211,7 +224,7 @@ def test_an_absent_file_is_named(tmp_path: Path) -> None:
         "learner.resources.workers=2",
         "learner.engine.tokens_per_micro_batch=9",
         "rm.engine.zero_stage=3",
-        "generation.kv_cache_memory=9",
+        "generation.kv_cache_memory=9000000",
     ],
 )
 def test_what_may_change_when_a_run_goes_on(change: str) -> None:
@@ -219,4 +232,5 @@ def test_what_may_change_when_a_run_goes_on(change: str) -> None:
 
 
 def test_what_makes_another_run_is_named_by_its_whole_key() -> None:
-    assert differences(load(["ppo.kl.coef=0.5", "seed=3", "name=b"]), load(["name=b"])) == ["seed=3", "ppo.kl.coef=0.5"]
+    found = differences(load(["ppo.kl.coef=0.5", "seed=3", "name=b"]), load(["name=b"]))
+    assert found == ["seed=3, was 0", "ppo.kl.coef=0.5, was 0.02"]

@@ -77,6 +77,11 @@ def test_a_ranking_of_ties_decides_nothing() -> None:
     assert not parse_comparison(raw(prompt="u", completions=completions)).decides
 
 
+def test_half_a_character_is_named_before_a_tokenizer_meets_it() -> None:
+    with pytest.raises(DataError, match=r"^f\.jsonl, line 7: broken prompt: half a character .* at 2"):
+        parse_prompt(raw(prompt="ab\ud800"))
+
+
 PAIR = {"completion": "x", "rank": 1}
 
 BAD = [
@@ -115,7 +120,7 @@ def test_a_bad_row_is_named_with_what_is_wrong(parse: Any, values: dict[str, Any
         parse(raw(**values))
 
 
-@pytest.mark.parametrize("rank", [math.nan, math.inf, -math.inf, 1.5, "1", True])
+@pytest.mark.parametrize("rank", [math.nan, math.inf, -math.inf, 1.5, "1", True, -1])
 def test_a_rank_is_a_whole_number(rank: Any) -> None:
     with pytest.raises(DataError, match=r"^f\.jsonl, line 7: bad rank"):
         parse_comparison(raw(prompt="u", completions=[PAIR, {"completion": "y", "rank": rank}]))
