@@ -57,7 +57,9 @@ class Comparison:
     @property
     def about_gold(self) -> str:
         """What the person must know of who scored, wherever the comparison is shown."""
-        return VADER_NOTE if "vader" in self.gold.lower() else REWARD_NOTE
+        if "vader" in self.gold.lower():
+            return VADER_NOTE
+        return REWARD_NOTE if "reward" in self.gold.lower() else f"PPO never sees the scores of '{self.gold}'."
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
