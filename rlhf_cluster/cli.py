@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        cause = _told(error)
+        cause = _first_cause(error)
         # Our own errors are sentences; for a library's, where it came from may help.
         hint = "" if type(cause).__module__.startswith("rlhf_cluster") else " (--traceback shows where)"
         print(f"rlhf-cluster: {str(cause) or type(cause).__name__}{hint}", file=sys.stderr)
@@ -49,7 +49,7 @@ def refusals() -> tuple[type[Exception], ...]:
     return ConfigError, DataError, ModelError
 
 
-def _told(error: BaseException) -> BaseException:
+def _first_cause(error: BaseException) -> BaseException:
     """The first real error: task groups wrap what went wrong."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -89,7 +89,8 @@ def _pretraining(cfg: RunConfig, tokenizer: Any) -> Pretraining:
 def _require_models(cfg: RunConfig, base_path: Path) -> None:
     """The models that PPO is told to use are there, speak the policy's tokens and read as many; the reward model does
     not keep more layers than there are."""
-    layers = load_config(base_path).num_hidden_layers
+    base = load_config(base_path)
+    layers, vocabulary = base.num_hidden_layers, base.vocab_size
     if "rm" in cfg.stages and cfg.rm.layers > layers:
         raise ConfigError(f"rm.layers={cfg.rm.layers}, but {base_path} has {layers} layers; lower it, or 0 for all")
     if "ppo" not in cfg.stages:
@@ -100,7 +101,6 @@ def _require_models(cfg: RunConfig, base_path: Path) -> None:
         check_scalar_head(given["reward.path"])
     if cfg.reference.path and cfg.ppo.kl.kind != "none":
         given["reference.path"] = Path(cfg.reference.path)
-    vocabulary = load_config(base_path).vocab_size
     for key, path in given.items():
         found = load_config(path).vocab_size
         if found != vocabulary:

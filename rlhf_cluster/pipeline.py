@@ -95,7 +95,7 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                         STAGES[stage](whole)
             finally:
                 directory.sweep()
-            if whole.timeline.spans:  # none where everything was finished before
+            if whole.timeline.spans:  # none where PPO was finished before, or is no stage of this run
                 whole.timeline.write_chrome(directory.timeline)
             progress.note(f"report: {write_report(path)}")
             progress.note(f"talk to it: rlhf-cluster chat {path}")
@@ -111,8 +111,9 @@ def _claimed(path: Path) -> RunDirectory:
 
 
 def _is_finished(directory: RunDirectory, cfg: RunConfig) -> bool:
+    """The report is the last that a run writes: one killed before it goes on once more."""
     stages = all(directory.stage_output(stage) for stage in cfg.stages if stage != ppo.STAGE)
-    return directory.holds_run and stages and (ppo.STAGE not in cfg.stages or _ppo_is_finished(directory, cfg))
+    return directory.report.is_file() and stages and (ppo.STAGE not in cfg.stages or _ppo_is_finished(directory, cfg))
 
 
 def _ppo_is_finished(directory: RunDirectory, cfg: RunConfig) -> bool:
@@ -293,7 +294,7 @@ async def _run_ppo(run: Run) -> None:
 async def _resume(run: Run, opened: OpenRooms, checkpoints: Checkpoints) -> ppo.Start:
     """Goes on from the last complete checkpoint; what lies past it is cut off."""
     found = checkpoints.latest()
-    start = ppo.Start()
+    start = ppo.AT_FIRST
     if found is not None:
         checkpoints.verify(found)
         start = ppo.resume(found.path)

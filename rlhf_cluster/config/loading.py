@@ -77,9 +77,8 @@ def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
         r"|.*\.(tokens_per_micro_batch|zero_stage|offload_optimizer)|generation\.(max_num_seqs|kv_cache_memory|flush_ms)"
     )
     old = dict(leaves(before))
-    changed = [key for key, value in leaves(cfg) if value != old[key] and not may_change.fullmatch(key)]
-    new = dict(leaves(cfg))
-    return [f"{key}={_short(new[key])}, was {_short(old[key])}" for key in changed]
+    changed = [(key, new) for key, new in leaves(cfg) if new != old[key] and not may_change.fullmatch(key)]
+    return [f"{key}={_short(new)}, was {_short(old[key])}" for key, new in changed]
 
 
 def _short(value: object) -> str:

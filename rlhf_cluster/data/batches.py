@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 
 from rlhf_cluster.data.rows import DataError, Place
-from rlhf_cluster.data.seeded import seeded_order, stable_seed
+from rlhf_cluster.data.seeded import EndlessOrder, stable_seed
 from rlhf_cluster.records import Members, Prompts
 
 
@@ -25,10 +24,8 @@ class PromptOrder:
         if not len(prompts):
             raise DataError(Place("prompts"), "no prompts to make batches of")
         self._prompts = prompts
-        self._ids: list[str] = prompts.prompt_id
         self._seed = seed
-        # Two epochs suffice: a batch rarely spans more, and the order of an epoch can always be made again.
-        self._epoch = lru_cache(maxsize=2)(self._order_of_epoch)
+        self._order = EndlessOrder(prompts.prompt_id, seed, "epoch")
 
     def members(self, step: int, batch_size: int, samples_per_prompt: int) -> Members:
         """The `batch_size` responses to sample in `step` (from 0): P = batch_size / samples_per_prompt prompts, the
@@ -40,15 +37,8 @@ class PromptOrder:
             detail = f"samples_per_prompt={samples_per_prompt} does not divide batch_size={batch_size}"
             raise DataError(Place("config"), "bad batch", detail)
         count = batch_size // samples_per_prompt
-        rows = [self._row(position) for position in range(step * count, (step + 1) * count)]
+        rows = [self._order[position] for position in range(step * count, (step + 1) * count)]
         return _members(self._prompts, rows, step, samples_per_prompt, self._seed)
-
-    def _row(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self._ids))
-        return self._epoch(epoch)[offset]
-
-    def _order_of_epoch(self, epoch: int) -> list[int]:
-        return seeded_order(self._ids, self._seed, "epoch", epoch)
 
 
 def heldout_members(prompts: Prompts, label_step: int, samples_per_prompt: int, seed: int) -> Members:

@@ -6,13 +6,11 @@ Takes rows with a `text` column (any kind of file that `readers` reads) or plain
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 
-from rlhf_cluster.data.readers import read_rows
+from rlhf_cluster.data.readers import read_rows, row_files
 from rlhf_cluster.data.rows import DataError, Place, column_names
 from rlhf_cluster.data.tokenize import Tokenizer
 from rlhf_cluster.records import Pretraining
@@ -31,14 +29,11 @@ def read_texts(path: str) -> Iterator[str]:
 
 
 def _plain_texts(path: str) -> Iterator[str]:
-    files = [path] if Path(path).exists() else sorted(glob.glob(path))  # noqa: PTH207 - Path.glob takes no absolute pattern
-    if not files:
-        raise DataError(Place(path), "no such file or directory")
-    for file in files:
+    for file in row_files(path):
         try:
-            yield Path(file).read_text("utf-8")
+            yield file.read_text("utf-8")
         except UnicodeDecodeError as broken:
-            raise DataError(Place(file), "unreadable file", f"not UTF-8 text ({broken.reason})") from broken
+            raise DataError(Place(str(file)), "unreadable file", f"not UTF-8 text ({broken.reason})") from broken
 
 
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, tokens: int, place: Place) -> Pretraining:

@@ -5,11 +5,9 @@ A pure function of the step, so a resumed run goes on exactly. Blocks are reshuf
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 
-from rlhf_cluster.data.seeded import seeded_order
+from rlhf_cluster.data.seeded import EndlessOrder
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.records import Pretraining
 
@@ -20,17 +18,9 @@ class PretrainingMix:
     def __init__(self, blocks: Pretraining, ratio: int, minibatch_size: int, seed: int) -> None:
         self._blocks = blocks.token_ids
         self._count = ratio * minibatch_size
-        self._seed = seed
-        self._epoch = lru_cache(maxsize=2)(self._order)  # a step rarely spans more, and an order can be made again
+        self._order = EndlessOrder([str(index) for index in range(len(blocks))], seed, "pretraining")
 
     def share(self, number: int, ranks: Ranks) -> list[np.ndarray]:
         """This rank's blocks of optimizer step `number`, counted from 0 over the whole run."""
         positions = range(number * self._count + ranks.rank, (number + 1) * self._count, ranks.world)
-        return [self._block(position) for position in positions]
-
-    def _block(self, position: int) -> np.ndarray:
-        epoch, place = divmod(position, len(self._blocks))
-        return self._blocks[self._epoch(epoch)[place]]
-
-    def _order(self, epoch: int) -> list[int]:
-        return seeded_order([str(index) for index in range(len(self._blocks))], self._seed, "pretraining", epoch)
+        return [self._blocks[self._order[position]] for position in positions]
