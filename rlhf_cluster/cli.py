@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from rlhf_cluster.config import ConfigError, RunConfig, load, load_file, to_yaml
+from rlhf_cluster.interrupts import heed_sigterm
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 DATA_FILES = ("path", "prompts", "demonstrations", "comparisons", "pretraining")
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     # DeepSpeed compiles with the ninja that is installed beside us, which is not on PATH unless the venv is activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    signal.signal(signal.SIGTERM, _as_interrupt)  # a stopped job ends as one that was interrupted: cleanly
+    heed_sigterm()
     try:
         return int(args.command(args) or 0)
     except KeyboardInterrupt:
@@ -54,10 +54,6 @@ def _first_cause(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _as_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from rlhf_cluster.data.batches import heldout_members
 from rlhf_cluster.data.parse import parse_prompt
 from rlhf_cluster.data.readers import read_rows
 from rlhf_cluster.data.tokenize import encode_prompts
+from rlhf_cluster.interrupts import run_async
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.results import result_config, result_policy
@@ -40,7 +40,7 @@ def generate(run_dir: Path, prompts_file: Path, output: Path | None) -> int:
         driver_log(logs / "driver.log"),
         ray_session(cfg.cluster, {"generate": {"generation": cfg.generation.resources}}),
     ):
-        rollouts = asyncio.run(_sample(cfg, policy, members, logs))
+        rollouts = run_async(lambda: _sample(cfg, policy, members, logs))
     responses = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.response_ids]
     answered = zip(rows, responses, rollouts.finish_reason, strict=True)
     text = "".join(_line(row.values, response, reason) for row, response, reason in answered)

@@ -6,7 +6,6 @@ last checkpoint. This module wires; what is learnt stands in `sft.py`, `rm.py` a
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from rlhf_cluster.data.labelers import make_labeler
 from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, sample_heldout, samples
 from rlhf_cluster.inputs import Inputs, load_inputs
+from rlhf_cluster.interrupts import run_async
 from rlhf_cluster.ranking import RankingError, rank_samples, split_comparisons
 from rlhf_cluster.records import Comparisons, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
@@ -235,7 +235,7 @@ def _make_rankings(run: Run) -> Path:
         "a stated stand-in for a human labeler"
     )
     with run.directory.commit_stage("ranking") as output:
-        comparisons = asyncio.run(_rank(run))
+        comparisons = run_async(lambda: _rank(run))
         if len(comparisons) < 2:
             raise RankingError(
                 f"the labeler {ranking.labeler} told the samples of {len(comparisons)} of {ranking.prompts} "
@@ -261,7 +261,7 @@ def run_ppo(run: Run) -> None:
     if _ppo_is_finished(run.directory, run.cfg):
         run.progress.note("ppo: finished before")
         return
-    asyncio.run(_run_ppo(run))
+    run_async(lambda: _run_ppo(run))
 
 
 async def _run_ppo(run: Run) -> None:

@@ -23,6 +23,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from rlhf_cluster.interrupts import run_async
+
 RESOLVED_CONFIG = "resolved.yaml"
 RUN_FROM_CONFIG = ("python", "-m", "rlhf_cluster.cli", "run", "--config", RESOLVED_CONFIG)
 
@@ -94,7 +96,7 @@ def follow(job_id: str, address: str, write: Callable[[str], Any] = sys.stdout.w
     """
     client = _connect(address)
     _details(client, job_id, address)
-    asyncio.run(_tail(client, job_id, address, write))
+    run_async(lambda: _tail(client, job_id, address, write))
     return _exit_code(_await_end(client, job_id, address), write)
 
 
