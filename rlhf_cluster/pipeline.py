@@ -284,11 +284,20 @@ async def _run_ppo(run: Run) -> None:
         )
         with run.progress.stage(ppo.STAGE, cfg.ppo.steps):
             await ppo.train(opened.rooms, PromptOrder(run.inputs.prompts, cfg.seed), cfg.ppo, log, start)
+        await _publish_result(run, opened)
         after = await _heldout(run, opened, "after")
         _compare(run, before, after)
         peaks = await opened.peak_memory()
         memory = {f"memory_gb/{name.replace(' ', '_')}": peak / 1e9 for name, peak in peaks.items()}
         run.metrics.log(ppo.STAGE, cfg.ppo.steps, memory | log.timer.take())  # with the last checkpoint's seconds
+
+
+async def _publish_result(run: Run, opened: OpenRooms) -> None:
+    """What the run is judged by: the last policy, which is there already, or its average, as the version after it."""
+    if run.cfg.ppo.result == "ema":
+        version = run.cfg.ppo.steps + 1
+        await opened.learner.publish(version)
+        await opened.rooms.generation.receive(version)
 
 
 async def _resume(run: Run, opened: OpenRooms, checkpoints: Checkpoints) -> ppo.Start:

@@ -18,9 +18,10 @@ from rlhf_cluster.algo.masked import at_tokens, masked_sum, mean_var, moments
 
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
-    """Scalars over the real tokens of one micro-batch; only `loss_sum` carries a gradient."""
+    """Scalars over the real tokens of one micro-batch; only `losses` and their sum carry a gradient."""
 
     loss_sum: Tensor
+    losses: Tensor  # of each token, 0 where mask is 0
     pg_clipfrac_sum: Tensor  # tokens whose clipped loss is the larger
     dual_clipfrac_sum: Tensor  # tokens that the dual clip holds
     ppo_kl_sum: Tensor  # 0.5 * (logprobs - old_logprobs)^2: distance from the policy before the update
@@ -54,6 +55,7 @@ def policy_loss(
     clip: float,
     clip_high: float = 0.0,
     dual_clip: float = 0.0,
+    lengths: Tensor | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7), as a loss, summed over tokens.
 
@@ -62,23 +64,35 @@ def policy_loss(
     A token may be made less or more likely by a factor of 1 - c or 1 + h before it stops to pull. h is `clip_high`,
     where it is not 0 (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 10), else c. Where A_t < 0 that bounds nothing from
     above: with a `dual_clip` d > 1 (Ye et al. 2020, arXiv:1912.09729, eq. 5) L_t is -A_t d at most there.
-    All [B, T]; the gradient flows into `logprobs` alone. An empty mask gives zero loss and zero gradient.
+    With `lengths` [S] everything is flat, [N], one response after the other, and rho is the response's: the geometric
+    mean of its tokens' ratios (GSPO: Zheng et al. 2025, arXiv:2507.18071, eq. 7).
+    Else all [B, T]; the gradient flows into `logprobs` alone. An empty mask gives zero loss and zero gradient.
     """
     log_ratio = at_tokens(logprobs - old_logprobs.detach(), mask)
+    if lengths is not None:
+        log_ratio = _response_means(log_ratio, lengths)
     ratio = log_ratio.exp()
     advantages = at_tokens(advantages.detach(), mask)
     free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + (clip_high or clip))
     losses = torch.maximum(free, held)
     dual = (advantages < 0) & (losses > -advantages * dual_clip) if dual_clip else torch.zeros_like(mask).bool()
     seen = ratio.detach()[mask.bool()]
+    losses = at_tokens(torch.where(dual, -advantages * dual_clip, losses), mask)
     return PolicyLoss(
-        loss_sum=masked_sum(torch.where(dual, -advantages * dual_clip, losses), mask),
+        loss_sum=masked_sum(losses, mask),
+        losses=losses,
         pg_clipfrac_sum=masked_sum((held > free).float(), mask),
         dual_clipfrac_sum=masked_sum(dual.float(), mask),
         ppo_kl_sum=masked_sum(0.5 * log_ratio.detach().square(), mask),
         ratio_max=torch.cat([seen, seen.new_zeros(1)]).max(),
         ratio_min=torch.cat([seen, seen.new_full((1,), float("inf"))]).min(),
     )
+
+
+def _response_means(values: Tensor, lengths: Tensor) -> Tensor:
+    """Each response's mean at each of its tokens: [N] and [S] -> [N]."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+    return (values.new_zeros(len(lengths)).index_add(0, owner, values) / lengths)[owner]
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, value_clip: float) -> ValueLoss:

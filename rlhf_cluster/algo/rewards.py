@@ -33,6 +33,16 @@ def shape_scores(
     return torch.where(ended, clipped, unended)
 
 
+def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
+    """What a response loses that comes near the longest allowed (DAPO: Yu et al. 2025, arXiv:2503.14476, eq. 13).
+
+        0 up to length L - B, then falling in a straight line to -1 at L
+
+    lengths [B] in tokens, at most L = `limit`; B = `buffer` > 0 -> f32 [B] in [-1, 0].
+    """
+    return -((lengths - (limit - buffer)).float() / buffer).clamp(0.0, 1.0)
+
+
 @dataclass
 class ScoreMoments:
     """Mean and variance of all scores that were told, one batch after the other (Chan et al. 1979, eq. 2.1)."""

@@ -97,7 +97,7 @@ class Starter:
         group = placement_group([reserved(resources) | set_apart("learner")] * resources.workers, strategy="PACK")
         self._groups.append(group)
         await answer(group.ready(), Call("learner", "placement"), cfg.cluster.start_timeout_s)
-        args = (cfg.learner, cfg.ppo, cfg.model, cfg.generation.temperature, cfg.seed)
+        args = (cfg.learner, cfg.ppo, cfg.model, cfg.generation, cfg.seed)
         hosts = [
             self._spawn(LearnerWorker, "learner", index, resources, args, group, index)
             for index in range(resources.workers)

@@ -5,6 +5,8 @@ Nothing else knows Hydra or OmegaConf: what `load` returns is plain dataclasses,
 
 from rlhf_cluster.config.loading import conf_directory, differences, load, load_file, to_yaml
 from rlhf_cluster.config.tree import (
+    ADVANTAGES,
+    GROUP_ADVANTAGES,
     AdvantageConfig,
     ClusterConfig,
     ConfigError,
@@ -32,6 +34,8 @@ from rlhf_cluster.config.tree import (
 from rlhf_cluster.config.validation import validate
 
 __all__ = [
+    "ADVANTAGES",
+    "GROUP_ADVANTAGES",
     "AdvantageConfig",
     "ClusterConfig",
     "ConfigError",

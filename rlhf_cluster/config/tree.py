@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 STAGES = ("sft", "rm", "ppo")
+GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+ADVANTAGES = ("gae", "reinforce_plus_plus", *GROUP_ADVANTAGES)
 
 
 class ConfigError(ValueError):
@@ -131,12 +133,22 @@ class KLConfig:
 
 @dataclass
 class AdvantageConfig:
-    """Generalized advantage estimation."""
+    """How rewards become advantages. All but `gae` do without a critic: none is started."""
 
+    kind: str = "gae"  # gae (a critic) | grpo | dr_grpo | rloo | reinforce_plus_plus | reinforce_plus_plus_baseline
     gamma: float = 1.0  # InstructGPT C.4: no discount
-    lam: float = 0.95  # not in the paper: lm-human-preferences
+    lam: float = 0.95  # gae; not in the paper: lm-human-preferences
     whiten: bool = True  # not in the paper: lm-human-preferences
     whiten_rewards: bool = False
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.kind == "gae"
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether a response is measured by the others to its prompt."""
+        return self.kind in GROUP_ADVANTAGES
 
 
 @dataclass
@@ -157,6 +169,9 @@ class PPOConfig:
     samples_per_prompt: int = 1
     minibatch_size: int = 64  # responses of an optimizer step
     epochs: int = 1  # passes over the batch
+    loss_mean: str = "token"  # policy loss of a minibatch: token, the mean over its tokens | response, over responses
+    # of the mean over their tokens (GRPO) | constant, the sum by responses x max_response_tokens (Dr. GRPO)
+    ratio: str = "token"  # of probabilities, of each token | of each response (GSPO)
     clip: float = 0.2  # ratio clip
     clip_high: float = 0.0  # upper ratio clip, where it differs (DAPO: 0.28); 0: as `clip`
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative (Ye et al. 2020: 3); 0: none
@@ -170,7 +185,13 @@ class PPOConfig:
     )
     missing_eos_penalty: float = 0.0
     score_norm: bool = False  # scores are brought to mean 0 and deviation 1 by those of all batches so far
+    overlong_buffer: int = 0  # last tokens of max_response_tokens, in which length costs more and more (DAPO); 0: none
+    overlong_penalty: float = 1.0  # what the longest response costs then
     score_clip: float = 0.0  # scores are clipped to +-this, after `score_norm`; 0: not clipped
+    ema_decay: float = (
+        0.0  # of an average of the policy's weights over optimizer steps; 0.992 in InstructGPT C.4; 0: none
+    )
+    result: str = "policy"  # what is compared with the policy before, talked to and exported: policy | ema
     max_staleness: int = 0  # versions that a batch may be behind when the learner uses it
     save_every: int = 0  # checkpoint every so many steps; 0: only at the end
     keep_checkpoints: int = 0  # newest checkpoints that stay; 0: all

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from rlhf_cluster.config.tree import STAGES, ConfigError, RunConfig, leaves, optimizers, roles
+from rlhf_cluster.config.tree import ADVANTAGES, STAGES, ConfigError, RunConfig, leaves, optimizers, roles
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -42,6 +42,10 @@ def _validate_choices(cfg: RunConfig) -> None:
     _one_of("ppo.kl.kind", cfg.ppo.kl.kind, ("fixed", "adaptive", "none"))
     _one_of("ppo.kl.estimator", cfg.ppo.kl.estimator, ("k1", "k2", "k3"))
     _one_of("ppo.kl.loss_estimator", cfg.ppo.kl.loss_estimator, ("k2", "k3"))
+    _one_of("ppo.advantage.kind", cfg.ppo.advantage.kind, ADVANTAGES)
+    _one_of("ppo.loss_mean", cfg.ppo.loss_mean, ("token", "response", "constant"))
+    _one_of("ppo.ratio", cfg.ppo.ratio, ("token", "response"))
+    _one_of("ppo.result", cfg.ppo.result, ("policy", "ema"))
     _one_of("ppo.missing_eos", cfg.ppo.missing_eos, ("subtract", "replace"))
     _one_of("weights.transport", cfg.weights.transport, ("shm",))
     _one_of("resume", cfg.resume, ("auto", "never"))
@@ -108,6 +112,8 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.value_clip", cfg.ppo.value_clip),
         ("ppo.score_clip", cfg.ppo.score_clip),
         ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
+        ("ppo.overlong_penalty", cfg.ppo.overlong_penalty),
+        ("ppo.overlong_buffer", cfg.ppo.overlong_buffer),
         ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
         ("rm.layers", cfg.rm.layers),
         ("ppo.save_every", cfg.ppo.save_every),
@@ -126,6 +132,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
             _require(low <= number <= high, f"{key}={number}: it must {words}")
     for name, optimizer in optimizers(cfg):
         _require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
+    _require(0 <= cfg.ppo.ema_decay < 1, f"ppo.ema_decay={cfg.ppo.ema_decay}: it must be from 0 up to but not 1")
     fraction = cfg.data.heldout_fraction
     _require(0 <= fraction < 1, f"data.heldout_fraction={fraction}: it must be from 0 up to but not 1")
     _require(0 <= cfg.seed < 1 << 32, f"seed={cfg.seed}: it must be from 0 to {(1 << 32) - 1}")
@@ -212,6 +219,29 @@ def _validate_ptx(cfg: RunConfig) -> None:
     _require(ptx.tokens != 1, "ppo.ptx.tokens=1: an example of one token has nothing to predict; use 2 or more")
 
 
+def _validate_advantage(cfg: RunConfig) -> None:
+    ppo = cfg.ppo
+    kind = ppo.advantage.kind
+    _require(
+        not ppo.advantage.compares_groups or ppo.samples_per_prompt >= 2,
+        f"ppo.samples_per_prompt={ppo.samples_per_prompt}, but ppo.advantage.kind={kind} compares the responses to a "
+        "prompt with each other; use 2 or more",
+    )
+    _require(
+        ppo.advantage.needs_critic or ppo.critic_warmup == 0,
+        f"ppo.critic_warmup={ppo.critic_warmup}, but ppo.advantage.kind={kind} has no critic; use 0",
+    )
+    longest = cfg.generation.max_response_tokens
+    _require(
+        ppo.overlong_buffer <= longest,
+        f"ppo.overlong_buffer={ppo.overlong_buffer} is more than generation.max_response_tokens={longest}; lower it",
+    )
+    _require(
+        ppo.result == "policy" or ppo.ema_decay > 0,
+        f"ppo.result={ppo.result}, but ppo.ema_decay={ppo.ema_decay} keeps no average; use a decay as 0.992",
+    )
+
+
 def _validate_ppo(cfg: RunConfig) -> None:
     ppo = cfg.ppo
     _require(
@@ -232,6 +262,7 @@ def _validate_ppo(cfg: RunConfig) -> None:
         f"learner.resources.workers={ranks} does not divide ppo.minibatch_size={ppo.minibatch_size}; use one of "
         f"{', '.join(str(n) for n in range(1, ppo.minibatch_size + 1) if ppo.minibatch_size % n == 0)}",
     )
+    _validate_advantage(cfg)
     _validate_kl(cfg)
     _validate_ptx(cfg)
     parallel, gpus = cfg.generation.tensor_parallel, cfg.generation.resources.num_gpus

@@ -82,10 +82,7 @@ class TrainEngine:
 
     def _reset_moments(self) -> None:
         """Optimizer state exists from the start, at step 0 for every stage (stage 3 would begin at step 1)."""
-        if self.stage == 3:  # hands its partitions to AdamW one by one while it steps, so the groups look empty
-            optimized = list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        else:
-            optimized = [p for group in self._adamw.param_groups for p in group["params"]]
+        optimized = self._optimized()
         self._adamw.state.clear()
         for p in optimized:
             self._adamw.state[p] = {
@@ -95,6 +92,16 @@ class TrainEngine:
         if self.stage in (1, 2):
             # DeepSpeed links the moments to the parameters after its first step; a loaded state is needed before.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _optimized(self) -> list[torch.Tensor]:
+        """What this rank's AdamW steps on: the parameters, or from stage 1 on the fp32 share that this rank holds."""
+        if self.stage == 3:  # hands its partitions to AdamW one by one while it steps, so the groups look empty
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._adamw.param_groups for p in group["params"]]
+
+    def local_masters(self) -> list[torch.Tensor]:
+        """The fp32 masters that this rank holds, as they lie in memory."""
+        return [master.detach() for master in self._optimized()]
 
     @property
     def module(self) -> torch.nn.Module:
@@ -133,7 +140,12 @@ class TrainEngine:
 
     def masters_on_rank_0(self) -> dict[str, torch.Tensor]:
         """The fp32 masters in host memory on rank 0, nothing on the others. A collective."""
-        return self._on_rank_0((name, self._master(parameter)) for name, parameter in self.module.named_parameters())
+        return self._on_rank_0(self.full_masters())
+
+    def full_masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full fp32 master) of every parameter, one at a time. A collective."""
+        for name, parameter in self.module.named_parameters():
+            yield name, self._master(parameter)
 
     def _on_rank_0(self, named: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return {name: tensor.cpu() for name, tensor in named if self.ranks.rank == 0}
@@ -156,13 +168,18 @@ class TrainEngine:
 
     def load_full_state(self, state_of: Callable[[str], Mapping[str, torch.Tensor]], optimizer_steps: int) -> None:
         """Restores what `full_state` gave. `state_of(name)` returns the three fp32 tensors of a parameter."""
+        self.load_full_masters(lambda name: state_of(name)["master"])
         for name, parameter in self.module.named_parameters():
             state = state_of(name)
-            self._set_master(parameter, state["master"])
             for key in MOMENTS:
                 self._set_moment(parameter, key, state[key])
         for moments in self._adamw.state.values():
             moments["step"].fill_(optimizer_steps)
+
+    def load_full_masters(self, master_of: Callable[[str], torch.Tensor]) -> None:
+        """Restores what `full_masters` gave, and the weights that are computed with."""
+        for name, parameter in self.module.named_parameters():
+            self._set_master(parameter, master_of(name))
 
     def _set_master(self, parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
         """The master, and the working copy rounded from it."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rlhf_cluster.algo.advantages import gae
 from rlhf_cluster.algo.kl import ESTIMATORS
 from rlhf_cluster.algo.masked import mean_var, moments, whiten
-from rlhf_cluster.algo.rewards import kl_shaped_rewards, shape_scores
+from rlhf_cluster.algo.rewards import kl_shaped_rewards, overlong_penalty, shape_scores
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.learner.estimators import make_estimator
 from rlhf_cluster.models.batching import from_response_frame, response_mask, to_response_frame
 from rlhf_cluster.records import Controls
 
@@ -27,12 +27,13 @@ class EvaluatedRow:
     """A row as the learner holds it before the update; arrays are per response token, [R], unless said otherwise."""
 
     sample_id: str
+    prompt_id: str
     prompt_ids: np.ndarray  # i32 [P]
     response_ids: np.ndarray  # i32 [R]
     rollout_logprobs: np.ndarray
     ref_logprobs: np.ndarray  # the old logprobs where there is no reference: their KL is 0
     old_logprobs: np.ndarray
-    values: np.ndarray
+    values: np.ndarray  # 0 without a critic
     entropies: np.ndarray
     weight_versions: np.ndarray
     score: float
@@ -51,21 +52,24 @@ class Experience:
     index: Mapping[str, int]  # row of a sample id
 
 
-def make_experience(rows: Sequence[EvaluatedRow], cfg: PPOConfig, controls: Controls, ranks: Ranks) -> Experience:
-    """InstructGPT eq. (2) rewards and GAE; whitening statistics are those of all ranks. A collective."""
+def make_experience(
+    rows: Sequence[EvaluatedRow], cfg: PPOConfig, controls: Controls, ranks: Ranks, max_response_tokens: int
+) -> Experience:
+    """InstructGPT eq. (2) rewards and the configured advantages; whitening statistics are those of all ranks. A
+    collective."""
     lengths = [len(row.response_ids) for row in rows]
     mask = response_mask(lengths)
     old_logprobs = to_response_frame([row.old_logprobs for row in rows])
-    scores = torch.tensor([row.score for row in rows], dtype=torch.float32)
-    ended = torch.tensor([row.ended for row in rows], dtype=torch.bool)
-    scores = (scores - controls.score_mean) / controls.score_std
-    shaped = shape_scores(scores, ended, cfg.missing_eos_penalty, cfg.score_clip, cfg.missing_eos == "replace")
+    shaped = _shaped_scores(rows, cfg, controls, max_response_tokens)
     kl = ESTIMATORS[cfg.kl.estimator](old_logprobs, to_response_frame([row.ref_logprobs for row in rows]))
     rewards, non_score_rewards = kl_shaped_rewards(shaped, kl, mask, controls.kl_coef)
     if cfg.advantage.whiten_rewards:
         rewards = _whiten(rewards, mask, ranks, shift_mean=False)
     values = to_response_frame([row.values for row in rows])
-    advantages, returns = gae(rewards, values, mask, cfg.advantage.gamma, cfg.advantage.lam)
+    estimate = make_estimator(cfg.advantage)(
+        rewards, values, mask, [row.prompt_id for row in rows], [row.sample_id for row in rows], ranks
+    )
+    advantages = estimate.advantages
     if cfg.advantage.whiten:
         advantages = _whiten(advantages, mask, ranks, shift_mean=True)
     return Experience(
@@ -73,9 +77,23 @@ def make_experience(rows: Sequence[EvaluatedRow], cfg: PPOConfig, controls: Cont
         from_response_frame(rewards, lengths),
         from_response_frame(non_score_rewards, lengths),
         from_response_frame(advantages, lengths),
-        from_response_frame(returns, lengths),
+        from_response_frame(estimate.returns, lengths),
         {row.sample_id: i for i, row in enumerate(rows)},
     )
+
+
+def _shaped_scores(
+    rows: Sequence[EvaluatedRow], cfg: PPOConfig, controls: Controls, max_response_tokens: int
+) -> torch.Tensor:
+    """Scores as they enter the rewards, f32 [B]."""
+    scores = torch.tensor([row.score for row in rows], dtype=torch.float32)
+    ended = torch.tensor([row.ended for row in rows], dtype=torch.bool)
+    scores = (scores - controls.score_mean) / controls.score_std
+    shaped = shape_scores(scores, ended, cfg.missing_eos_penalty, cfg.score_clip, cfg.missing_eos == "replace")
+    if not cfg.overlong_buffer:
+        return shaped
+    lengths = torch.tensor([len(row.response_ids) for row in rows])
+    return shaped + cfg.overlong_penalty * overlong_penalty(lengths, max_response_tokens, cfg.overlong_buffer)
 
 
 def _whiten(values: torch.Tensor, mask: torch.Tensor, ranks: Ranks, shift_mean: bool) -> torch.Tensor:

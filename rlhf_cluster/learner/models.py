@@ -1,4 +1,4 @@
-"""The learner's two models on one rank: what a forward of each says, and one optimizer step of both."""
+"""The learner's models on one rank, policy and critic, and what they say of a batch before an update."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
 from rlhf_cluster.config import LearnerConfig, ModelConfig
+from rlhf_cluster.engine.average import WeightAverage
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.learner.critic import Critic, NoCritic
 from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
@@ -33,7 +35,8 @@ class ActorCritic:
     """Policy and critic, a DeepSpeed engine each, in one process.
 
     The critic starts as the reward model (InstructGPT section 3.5); without one, as the policy's body under a new head.
-    `entropy_gradient`: the entropies of the policy's forward are to be trained on.
+    `entropy_gradient`: the entropies of the policy's forward are to be trained on. `critic`: advantages need one.
+    `ema_decay`: of the policy's average; 0: none is kept.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class ActorCritic:
         seed: int,
         ranks: Ranks,
         entropy_gradient: bool = False,
+        critic: bool = True,
+        ema_decay: float = 0.0,
     ) -> None:
         dtype, attention = resolve_dtype(model.dtype), resolve_attention(model.attention)
         self.ranks = ranks
@@ -52,13 +57,27 @@ class ActorCritic:
         self._tokens_per_micro_batch = cfg.engine.tokens_per_micro_batch
         logprobs = partial(logprobs_from_logits, entropy_gradient=entropy_gradient)
         policy = PolicyModule(load_policy(policy_path, None, attention), logprobs)
-        if critic_path is None:
-            critic = ScalarHeadModel.from_policy(policy_path, None, attention, seed)
-        else:
-            critic = ScalarHeadModel.from_directory(critic_path, None, attention)
-        self.policy_config, self.critic_config = policy.model.config, critic.config
+        self.policy_config = policy.model.config
         self.policy = TrainEngine(policy, cfg.engine, cfg.policy, dtype, ranks)
-        self.critic = TrainEngine(critic, cfg.engine, cfg.critic, dtype, ranks)
+        self.average = WeightAverage(self.policy, ema_decay) if ema_decay else None
+        self.critic: Critic | NoCritic = NoCritic()
+        if critic:
+            if critic_path is None:
+                value = ScalarHeadModel.from_policy(policy_path, None, attention, seed)
+            else:
+                value = ScalarHeadModel.from_directory(critic_path, None, attention)
+            self.critic = Critic(value, TrainEngine(value, cfg.engine, cfg.critic, dtype, ranks))
+
+    def step_policy(self, rate: float) -> float:
+        """One optimizer step, which the average follows; returns the gradient norm. A collective."""
+        norm = self.policy.step(rate)
+        if self.average is not None:
+            self.average.update()
+        return norm
+
+    @property
+    def engines(self) -> dict[str, TrainEngine]:
+        return {"policy": self.policy, **self.critic.engines}
 
     def micro_batches(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> list[PackedBatch]:
         """This rank's micro-batches, filled up with dummies to the number of the busiest rank. A collective."""
@@ -76,6 +95,6 @@ class ActorCritic:
             of_tokens = self.policy(*batch.policy_arguments(), temperature)
             logprobs.append(batch.split(of_tokens[0]))
             entropies.append(batch.split(of_tokens[1]))
-            values.append(batch.split(self.critic(*batch.value_arguments())))
+            values.append(self.critic.values(batch))
         count = len(prompts)
         return Evaluation(*(in_order(batches, parts, count) for parts in (logprobs, entropies, values)))

@@ -65,8 +65,6 @@ def tally_experience(tally: Tally, experience: Experience, weight_version: int) 
     tally.spread("critic/score", np.array([row.score for row in rows]))
     tally.spread("critic/rewards", _flat(experience.rewards))
     tally.spread("critic/advantages", _flat(experience.advantages))
-    tally.spread("critic/returns", _flat(experience.returns))
-    tally.spread("critic/values", _flat([row.values for row in rows]))
     tally.spread("response_length", np.array([len(row.response_ids) for row in rows]))
     tally.mean("response_length/clip_ratio", sum(not row.ended for row in rows), len(rows))
     tally.mean("objective/scores", sum(row.score for row in rows), len(rows))
@@ -84,6 +82,12 @@ def tally_experience(tally: Tally, experience: Experience, weight_version: int) 
     staleness = weight_version - _flat([row.weight_versions for row in rows])
     tally.mean("rollout/staleness", staleness.sum(), staleness.size)
     tally.mean("prompt_length/mean", sum(len(row.prompt_ids) for row in rows), len(rows))
+
+
+def tally_values(tally: Tally, experience: Experience) -> None:
+    """What the critic said before the update, and what it should have said."""
+    tally.spread("critic/returns", _flat(experience.returns))
+    tally.spread("critic/values", _flat([row.values for row in experience.rows]))
 
 
 def explained_variance(experience: Experience, ranks: Ranks) -> float:

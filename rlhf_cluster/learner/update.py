@@ -1,4 +1,4 @@
-"""The minibatch updates of one batch: the clipped policy loss and the clipped value loss, one optimizer step each."""
+"""The minibatch updates of one batch: the clipped policy loss and, with a critic, its value loss; a step of each."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from rlhf_cluster.algo.kl import ESTIMATORS
-from rlhf_cluster.algo.losses import policy_loss, sft_loss, value_loss
-from rlhf_cluster.algo.masked import masked_sum
-from rlhf_cluster.config import PPOConfig
+from rlhf_cluster.algo.losses import policy_loss, sft_loss
+from rlhf_cluster.algo.masked import at_tokens
+from rlhf_cluster.config import GenerationConfig, PPOConfig
 from rlhf_cluster.learner.experience import Experience
 from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.plan import BatchPlan
-from rlhf_cluster.learner.statistics import Tally, explained_variance, seconds_by_part, tally_experience
+from rlhf_cluster.learner.statistics import Tally, seconds_by_part, tally_experience
 from rlhf_cluster.models.batching import PackedBatch
 
 
@@ -31,6 +31,29 @@ class StepRates:
     critic: float
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of a minibatch over all ranks: what its losses are means over."""
+
+    tokens: float
+    responses: float
+
+
+def token_weights(lengths: np.ndarray, loss_mean: str, size: Size, longest: int) -> np.ndarray:
+    """What the loss of each token counts for in its minibatch's, by `ppo.loss_mean`: i64 [S] -> f32 [N].
+
+    token: 1 / all tokens (DAPO: Yu et al. 2025, arXiv:2503.14476, eq. 12). response: 1 / (tokens of its response x all
+    responses) (GRPO: Shao et al. 2024, arXiv:2402.03300, eq. 3). constant: 1 / (the longest allowed x all responses)
+    (Dr. GRPO: Liu et al. 2025, arXiv:2503.20783, section 3.2). All: over all ranks.
+    """
+    of_responses = {
+        "token": np.full(len(lengths), 1 / size.tokens),
+        "response": 1 / (lengths * size.responses),
+        "constant": np.full(len(lengths), 1 / (longest * size.responses)),
+    }
+    return np.repeat(of_responses[loss_mean], lengths).astype(np.float32)
+
+
 class Updater:
     """Runs one batch's updates on this rank. All ranks build and run one together."""
 
@@ -39,10 +62,10 @@ class Updater:
         models: ActorCritic,
         experience: Experience,
         cfg: PPOConfig,
-        temperature: float,
+        generation: GenerationConfig,
         mix: PretrainingMix | None = None,
     ) -> None:
-        self._models, self._experience, self._cfg, self._temperature = models, experience, cfg, temperature
+        self._models, self._experience, self._cfg, self._generation = models, experience, cfg, generation
         self._mix = mix
         self._tally = Tally()
         self._seconds: dict[str, float] = defaultdict(float)
@@ -50,28 +73,28 @@ class Updater:
     def run(self, plan: BatchPlan, seed: int, weight_version: int, rates: StepRates, step: int) -> dict[str, float]:
         """All epochs over all minibatches; returns the batch's metrics over all ranks."""
         tally_experience(self._tally, self._experience, weight_version)
-        explained = explained_variance(self._experience, self._models.ranks)
+        judged = self._models.critic.judged(self._experience, self._tally)
         own = [[self._experience.index[i] for i in ids if i in self._experience.index] for ids in plan.minibatches]
-        tokens = self._global_tokens(own)
+        sizes = self._sizes(own)
         minibatches = [minibatch for order in plan.orders(self._cfg.epochs, seed) for minibatch in order]
         done = 0
         for done, minibatch in enumerate(minibatches, start=1):
             if self._mix is not None and rates.policy:
                 self._mix_gradient(self._mix.share(step * len(minibatches) + done - 1, self._models.ranks))
-            kl = self._minibatch(own[minibatch], tokens[minibatch], rates, first=done == 1)
+            kl = self._minibatch(own[minibatch], sizes[minibatch], rates, first=done == 1)
             if self._cfg.target_kl and kl > self._cfg.target_kl:
                 break
         self._tally.mean("actor/minibatches_done", done, len(minibatches))
         metrics = self._tally.over(self._models.ranks)
-        metrics |= {"critic/vf_explained_var": explained, "actor/lr": rates.policy, "critic/lr": rates.critic}
+        metrics |= {"actor/lr": rates.policy, **judged}
         return metrics | seconds_by_part(self._seconds)
 
-    def _global_tokens(self, minibatches: Sequence[Sequence[int]]) -> list[float]:
-        """Response tokens of each minibatch over all ranks: what its losses are divided by."""
-        own = [sum(len(self._experience.rows[row].response_ids) for row in rows) for rows in minibatches]
-        return self._models.ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    def _sizes(self, minibatches: Sequence[Sequence[int]]) -> list[Size]:
+        """Of each minibatch over all ranks. A collective."""
+        own = [(sum(len(self._experience.rows[i].response_ids) for i in rows), len(rows)) for rows in minibatches]
+        return [Size(*whole) for whole in self._models.ranks.sum(torch.tensor(own, dtype=torch.float64)).tolist()]
 
-    def _minibatch(self, rows: Sequence[int], tokens: float, rates: StepRates, first: bool) -> float:
+    def _minibatch(self, rows: Sequence[int], size: Size, rates: StepRates, first: bool) -> float:
         """Gradients of policy and critic over this rank's rows, then one step of each; returns how far the policy was
         from the one before the update, over all ranks (`actor/ppo_kl`). A collective."""
         members = [self._experience.rows[row] for row in rows]
@@ -79,14 +102,14 @@ class Updater:
         moved = 0.0
         for batch in batches:
             if rates.policy:
-                moved += self._policy_gradient(batch, rows, tokens, first)
-            self._value_gradient(batch, rows, tokens)
+                moved += self._policy_gradient(batch, rows, size, first)
+            self._value_gradient(batch, rows, size)
         start = time.perf_counter()
         if rates.policy:
-            self._tally.mean("actor/grad_norm", self._models.policy.step(rates.policy), 1)
-        self._tally.mean("critic/grad_norm", self._models.critic.step(rates.critic), 1)
+            self._tally.mean("actor/grad_norm", self._models.step_policy(rates.policy), 1)
+        self._models.critic.step(rates.critic, self._tally)
         self._seconds["optimizer"] += time.perf_counter() - start
-        return float(self._models.ranks.sum(torch.tensor(moved, dtype=torch.float64))) / tokens
+        return float(self._models.ranks.sum(torch.tensor(moved, dtype=torch.float64))) / size.tokens
 
     def _mix_gradient(self, blocks: Sequence[np.ndarray]) -> None:
         """Into the policy's gradient that the minibatch adds to: coefficient x the mean over all ranks' tokens of the
@@ -103,23 +126,26 @@ class Updater:
             self._tally.mean("ptx/loss", loss.detach(), float(mask.sum()))
         self._seconds["ptx"] += time.perf_counter() - start
 
-    def _policy_gradient(self, batch: PackedBatch, rows: Sequence[int], tokens: float, first: bool) -> float:
+    def _policy_gradient(self, batch: PackedBatch, rows: Sequence[int], size: Size, first: bool) -> float:
         """Returns the sum over this micro-batch's tokens that `actor/ppo_kl` is the mean of."""
         start = time.perf_counter()
-        logprobs, entropies = self._models.policy(*batch.policy_arguments(), self._temperature)
+        logprobs, entropies = self._models.policy(*batch.policy_arguments(), self._generation.temperature)
         old = self._flat(batch, [self._experience.rows[row].old_logprobs for row in rows])
         advantages = self._flat(batch, [self._experience.advantages[row] for row in rows])
         mask = self._token_mask(batch)
         cfg = self._cfg
-        loss = policy_loss(logprobs, old, advantages, mask, cfg.clip, cfg.clip_high, cfg.dual_clip)
-        whole = loss.loss_sum
+        lengths = torch.from_numpy(batch.response_lengths).to(mask.device) if cfg.ratio == "response" else None
+        loss = policy_loss(logprobs, old, advantages, mask, cfg.clip, cfg.clip_high, cfg.dual_clip, lengths)
+        longest = self._generation.max_response_tokens
+        weights = torch.from_numpy(token_weights(batch.response_lengths, cfg.loss_mean, size, longest)).to(mask.device)
+        whole = loss.losses
         if cfg.entropy_coef:
-            whole = whole - cfg.entropy_coef * masked_sum(entropies, mask)
+            whole = whole - cfg.entropy_coef * at_tokens(entropies, mask)
         if cfg.kl.loss_coef:
             whole = whole + cfg.kl.loss_coef * self._kl_loss(batch, rows, logprobs, mask)
-        self._models.policy.backward(whole / tokens)
+        self._models.policy.backward((whole * weights).sum())
         count = float(mask.sum())
-        self._tally.mean("actor/pg_loss", loss.loss_sum.detach(), count)
+        self._tally.mean("actor/pg_loss", float((loss.losses.detach() * weights).sum()), count / size.tokens)
         self._tally.mean("actor/pg_clipfrac", loss.pg_clipfrac_sum, count)
         self._tally.mean("actor/ppo_kl", loss.ppo_kl_sum, count)
         self._tally.mean("actor/entropy", float((entropies.detach() * mask).sum()), count)
@@ -135,23 +161,18 @@ class Updater:
     def _kl_loss(
         self, batch: PackedBatch, rows: Sequence[int], logprobs: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """How far this micro-batch's tokens are from the reference, summed, with gradient."""
+        """How far each of this micro-batch's tokens is from the reference, with gradient: [N]."""
         ref = self._flat(batch, [self._experience.rows[row].ref_logprobs for row in rows])
-        kl = masked_sum(ESTIMATORS[self._cfg.kl.loss_estimator](logprobs, ref), mask)
-        self._tally.mean("actor/kl_loss", kl.detach(), float(mask.sum()))
+        kl = at_tokens(ESTIMATORS[self._cfg.kl.loss_estimator](logprobs, ref), mask)
+        self._tally.mean("actor/kl_loss", float(kl.detach().sum()), float(mask.sum()))
         return kl
 
-    def _value_gradient(self, batch: PackedBatch, rows: Sequence[int], tokens: float) -> None:
+    def _value_gradient(self, batch: PackedBatch, rows: Sequence[int], size: Size) -> None:
         start = time.perf_counter()
-        values = self._models.critic(*batch.value_arguments())
         old = self._flat(batch, [self._experience.rows[row].values for row in rows])
         returns = self._flat(batch, [self._experience.returns[row] for row in rows])
         mask = self._token_mask(batch)
-        loss = value_loss(values, old, returns, mask, self._cfg.value_clip)
-        self._models.critic.backward(self._cfg.value_coef * loss.loss_sum / tokens)
-        count = float(mask.sum())
-        self._tally.mean("critic/vf_loss", loss.loss_sum.detach(), count)
-        self._tally.mean("critic/vf_clipfrac", loss.vf_clipfrac_sum, count)
+        self._models.critic.gradient(batch, old, returns, mask, size.tokens, self._cfg, self._tally)
         self._seconds["critic"] += time.perf_counter() - start
 
     def _flat(self, batch: PackedBatch, ragged: Sequence[np.ndarray]) -> torch.Tensor:

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf_cluster.config import LearnerConfig, ModelConfig, PPOConfig
-from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.config import GenerationConfig, LearnerConfig, ModelConfig, PPOConfig
 from rlhf_cluster.engine.ranks import Ranks, join_ranks
 from rlhf_cluster.engine.schedule import learning_rate
 from rlhf_cluster.learner.experience import EvaluatedRow, make_experience
@@ -23,7 +22,6 @@ from rlhf_cluster.learner.statistics import seconds_by_part
 from rlhf_cluster.learner.update import StepRates, Updater
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import save_policy
-from rlhf_cluster.models.score_head import save_scalar_head_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot, write_snapshot
@@ -45,8 +43,10 @@ class OpenBatch:
 class LearnerWorker:
     """Policy and critic of one rank. `start` joins the gang and loads; the other verbs follow `rooms.Learner`."""
 
-    def __init__(self, cfg: LearnerConfig, ppo: PPOConfig, model: ModelConfig, temperature: float, seed: int) -> None:
-        self._cfg, self._ppo, self._model, self._temperature, self._seed = cfg, ppo, model, temperature, seed
+    def __init__(
+        self, cfg: LearnerConfig, ppo: PPOConfig, model: ModelConfig, generation: GenerationConfig, seed: int
+    ) -> None:
+        self._cfg, self._ppo, self._model, self._generation, self._seed = cfg, ppo, model, generation, seed
         self._open: dict[int, OpenBatch] = {}
         self._last: UpdateStats | None = None
         self._version = 0
@@ -66,15 +66,18 @@ class LearnerWorker:
         self._ranks: Ranks = join_ranks(rank, world, *endpoint, timeout_s)
         self._tokenizer = load_tokenizer(policy_path, self._model.chat_template)
         self._models = ActorCritic(
-            policy_path, critic_path, self._cfg, self._model, self._seed, self._ranks, self._ppo.entropy_coef > 0
+            policy_path,
+            critic_path,
+            self._cfg,
+            self._model,
+            self._seed,
+            self._ranks,
+            self._ppo.entropy_coef > 0,
+            self._ppo.advantage.needs_critic,
+            self._ppo.ema_decay,
         )
-
         ptx, size = self._ppo.ptx, self._ppo.minibatch_size
         self._mix = PretrainingMix(pretraining, ptx.ratio, size, self._seed) if ptx.coef else None
-
-    @property
-    def _engines(self) -> dict[str, TrainEngine]:
-        return {"policy": self._models.policy, "critic": self._models.critic}
 
     def begin(self, step: int, sample_ids: Sequence[str]) -> dict[str, int]:
         """Returns the rank that each sample's row goes to. A batch that was updated from is not opened again."""
@@ -108,7 +111,7 @@ class LearnerWorker:
         share = rows.slice(start, stop)
         fresh = [i for i, sample_id in enumerate(share.sample_id) if sample_id not in batch.rows]
         share = share.take(fresh)
-        evaluation = self._models.evaluate(share.prompt_ids, share.response_ids, self._temperature)
+        evaluation = self._models.evaluate(share.prompt_ids, share.response_ids, self._generation.temperature)
         for row in _evaluated(share, evaluation):
             batch.rows[row.sample_id] = row
         batch.seconds += time.perf_counter() - began
@@ -122,9 +125,10 @@ class LearnerWorker:
         self._require_whole(step)
         batch = self._open.pop(step)
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
-        experience = make_experience(rows, self._ppo, controls, self._ranks)
+        longest = self._generation.max_response_tokens
+        experience = make_experience(rows, self._ppo, controls, self._ranks, longest)
         rates = self._rates(step)
-        updater = Updater(self._models, experience, self._ppo, self._temperature, self._mix)
+        updater = Updater(self._models, experience, self._ppo, self._generation, self._mix)
         metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates, step)
         metrics |= seconds_by_part({"evaluate": batch.seconds})
         self._version = step + 1
@@ -138,32 +142,41 @@ class LearnerWorker:
         return StepRates(policy, learning_rate(self._cfg.critic, step, steps))
 
     def publish(self, version: int, directory: str) -> Snapshot | None:
-        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A
-        collective."""
+        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. The version
+        after the policy's is its average. A collective."""
+        average = self._models.average
+        if average is not None and version == self._version + 1:
+            return self._snapshot(version, directory, average.weights_on_rank_0())
         if version != self._version:
             raise LearnerError(f"the policy is version {self._version}, it cannot be published as {version}")
-        weights = PolicyModule.hf_names(self._models.policy.weights_on_rank_0())
-        return write_snapshot(Path(directory), version, weights) if self._ranks.rank == 0 else None
+        return self._snapshot(version, directory, self._models.policy.weights_on_rank_0())
+
+    def _snapshot(self, version: int, directory: str, weights: dict[str, torch.Tensor]) -> Snapshot | None:
+        dtype = self._models.policy.dtype
+        named = {name: tensor.to(dtype) for name, tensor in PolicyModule.hf_names(weights).items()}
+        return write_snapshot(Path(directory), version, named) if self._ranks.rank == 0 else None
 
     def save(self, directory: str) -> list[str]:
-        """`policy/` and `critic/` as plain Hugging Face directories in the training dtype, `state/` beside them.
+        """`policy/` and, where there are, `ema/` and `critic/` as plain Hugging Face directories in the training dtype,
+        `state/` beside them.
 
         Returns the files that this rank sees there, relative to `directory`. A collective.
         """
         target, models = Path(directory), self._models
         policy = PolicyModule.hf_names(models.policy.weights_on_rank_0())
-        critic = models.critic.weights_on_rank_0()
         if self._ranks.rank == 0:
             save_policy(models.policy_config, policy, self._tokenizer, target / "policy", models.policy.dtype)
-            save_scalar_head_model(
-                models.critic_config, critic, self._tokenizer, target / "critic", models.critic.dtype
-            )
-        save_state(self._engines, target / "state", self._ranks)
+        if models.average is not None:
+            average = PolicyModule.hf_names(models.average.weights_on_rank_0())
+            if self._ranks.rank == 0:
+                save_policy(models.policy_config, average, self._tokenizer, target / "ema", models.policy.dtype)
+        models.critic.save(self._tokenizer, target / "critic")
+        save_state(models.engines, target / "state", self._ranks, models.average)
         return [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
 
     def load(self, directory: str, version: int) -> None:
         """Restores what `save` wrote below `directory`; the policy is then `version`, and no batch is open."""
-        load_state(self._engines, Path(directory) / "state")
+        load_state(self._models.engines, Path(directory) / "state", self._models.average)
         self._version = version
         self._open.clear()
         self._last = None
@@ -173,6 +186,7 @@ def _evaluated(rows: ScoredRollouts, evaluation: Evaluation) -> list[EvaluatedRo
     ref_logprobs = rows.ref_logprobs if isinstance(rows, ReferencedRollouts) else evaluation.logprobs
     columns = zip(
         rows.sample_id,
+        rows.prompt_id,
         rows.prompt_ids,
         rows.response_ids,
         rows.rollout_logprobs,

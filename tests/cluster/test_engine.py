@@ -17,6 +17,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from rlhf_cluster.config import EngineConfig, OptimizerConfig
+from rlhf_cluster.engine.average import WeightAverage
 from rlhf_cluster.engine.engine import EngineError, TrainEngine
 from rlhf_cluster.engine.ranks import Ranks, join_ranks, leave_ranks
 from rlhf_cluster.learner.state import load_state, save_state
@@ -80,6 +81,28 @@ def distance(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> 
     return max(float((some[name].float() - others[name].detach().float()).abs().max()) for name in others)
 
 
+def averaged(stage: int, dtype: str, ranks: Ranks, state: Path) -> dict[str, float]:
+    """Four steps with an average of half and half, kept beside by hand; saved after the last, and opened again."""
+    engine = start(stage, dtype, ranks)
+    average, by_hand = WeightAverage(engine, 0.5), masters(engine)
+    for step in range(STEPS):
+        advance(engine, range(step, step + 1))
+        average.update()
+        by_hand = {name: 0.5 * by_hand[name] + 0.5 * now for name, now in masters(engine).items()}
+    before, kept = masters(engine), {name: tensor.clone() for name, tensor in average.full()}
+    save_state({"policy": engine}, state, ranks, average)
+    again = start(stage, dtype, ranks)
+    average_again = WeightAverage(again, 0.5)
+    load_state({"policy": again}, state, average_again)
+    return {
+        "average": distance(kept, by_hand),
+        "apart": distance(kept, before),
+        "moved_by_a_look": distance(masters(engine), before),
+        "average_again": distance({name: t.clone() for name, t in average_again.full()}, kept),
+        "weights_again": distance(weights(again), weights(engine)),
+    }
+
+
 def one_case(stage: int, dtype: str, ranks: Ranks, state: Path) -> dict[str, Any]:
     reference, expected_norms = plain_adamw()
     engine = start(stage, dtype, ranks)
@@ -120,7 +143,10 @@ def one_rank_of(rank: int, world: int, port: int, directory: str) -> None:
     ranks, found = join_ranks(rank, world, "127.0.0.1", port, 60), {}
     for stage in STAGES:
         for dtype in DTYPES:
-            found[f"{stage} {dtype}"] = one_case(stage, dtype, ranks, Path(directory, f"{world}-{stage}-{dtype}"))
+            place = Path(directory, f"{world}-{stage}-{dtype}")
+            found[f"{stage} {dtype}"] = one_case(stage, dtype, ranks, place) | averaged(
+                stage, dtype, ranks, place / "average"
+            )
     for stage in STAGES:
         engine = start(stage, "float32", ranks)
         load_state({"net": engine}, Path(directory, "1-0-float32"))
@@ -185,6 +211,13 @@ def test_masters_begin_as_the_weights_came(found: dict[int, Any], world: int, st
 def test_a_saved_state_goes_on_exactly(found: dict[int, Any], world: int, stage: int, dtype: str) -> None:
     case = found[world][f"{stage} {dtype}"]
     assert (case["resumed"], case["resumed_weights"], case["steps"]) == (0.0, 0.0, SAVED_AFTER)
+
+
+@pytest.mark.parametrize(("world", "stage", "dtype"), CASES)
+def test_an_average_is_that_of_the_masters(found: dict[int, Any], world: int, stage: int, dtype: str) -> None:
+    case = found[world][f"{stage} {dtype}"]
+    assert case["average"] < 1e-7 < 1e-3 < case["apart"]
+    assert (case["moved_by_a_look"], case["average_again"], case["weights_again"]) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("stage", STAGES)

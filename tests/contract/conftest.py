@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_cluster.config import EngineConfig, LearnerConfig, ModelConfig, OptimizerConfig, PPOConfig, RewardConfig
+from rlhf_cluster.config import (
+    EngineConfig,
+    GenerationConfig,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RewardConfig,
+)
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.models.score_head import ScalarHeadModel
@@ -91,7 +99,7 @@ def real_learner(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int
     rate = OptimizerConfig(lr=1e-3)
     cfg = LearnerConfig(rate, rate, EngineConfig(tokens_per_micro_batch=64))
     model = ModelConfig(source="tiny", dtype="float32", attention="eager")
-    worker = LearnerWorker(cfg, PPOConfig(batch_size=6, minibatch_size=3), model, temperature=1.0, seed=5)
+    worker = LearnerWorker(cfg, PPOConfig(batch_size=6, minibatch_size=3), model, GenerationConfig(), seed=5)
     worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model, Pretraining.empty())
     return OneLearner(worker, tmp_path / "store")
 

@@ -85,7 +85,7 @@ def test_the_papers_numbers_are_the_defaults(cfg: RunConfig) -> None:
         ("ppo=3", r"^ppo=3: ppo is a section; set a key of it, as ppo\.steps$"),
         ("ppo.learning_rate=1", r"did you mean sft\.optimizer\.lr or rm\.optimizer\.lr or learner\.policy\.lr\?$"),
         ("stages=sft", r"^stages=sft: it must be a list, as stages=\[sft\]$"),
-        ("kl=3", r"^kl=3: there is no such kl; there are adaptive, fixed, none$"),
+        ("kl=3", r"^kl=3: there is no such kl; there are adaptive, fixed, loss, none$"),
         ("model=nope", r"^model=nope: there is no such model; there are gpt2, .*tiny$"),
         ("recipe=nope", r"^recipe=nope: there is no such recipe; there are hh, "),
         ("stages=[", r"^'stages=\[' cannot be read; an override is KEY=VALUE"),
@@ -116,6 +116,12 @@ def test_an_unknown_stage_is_refused() -> None:
         ("learner.critic.lr=0", r"learner\.critic\.lr=0: it must be above 0"),
         ("generation.temperature=0", r"generation\.temperature=0: it must be above 0"),
         ("seed=-1", r"seed=-1: it must be from 0 to 4294967295"),
+        ("ppo.advantage.kind=a2c", r"ppo\.advantage\.kind=a2c: it must be one of gae, reinforce_plus_plus, grpo, "),
+        ("ppo.loss_mean=sum", r"ppo\.loss_mean=sum: it must be one of token, response, constant"),
+        ("ppo.ratio=word", r"ppo\.ratio=word: it must be one of token, response"),
+        ("ppo.ema_decay=1", r"ppo\.ema_decay=1\.0: it must be from 0 up to but not 1"),
+        ("ppo.result=ema", r"ppo\.result=ema, but ppo\.ema_decay=0\.0 keeps no average; use a decay as 0\.992"),
+        ("ppo.overlong_buffer=129", r"ppo\.overlong_buffer=129 is more than generation\.max_response_tokens=128"),
         ("ppo.max_staleness=-1", r"ppo\.max_staleness=-1: it must be 0 or more"),
         ("seed=4294967296", r"seed=4294967296: it must be from 0 to 4294967295"),
         ("generation.kv_cache_memory=1", r"generation\.kv_cache_memory=1: bytes, at least 1048576"),
@@ -135,7 +141,7 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
     for parent in parents:
         node = getattr(node, parent)
     assert hasattr(node, name)
-    setattr(node, name, int(value))
+    setattr(node, name, value if value.isalpha() else float(value) if "ema" in name else int(value))
     with pytest.raises(ConfigError, match=sentence):
         validate(cfg)
 
@@ -234,3 +240,21 @@ def test_what_may_change_when_a_run_goes_on(change: str) -> None:
 def test_what_makes_another_run_is_named_by_its_whole_key() -> None:
     found = differences(load(["ppo.kl.coef=0.5", "seed=3", "name=b"]), load(["name=b"]))
     assert found == ["seed=3, was 0", "ppo.kl.coef=0.5, was 0.02"]
+
+
+GROUPED = [name for name in GROUPS["advantage"] if name not in ("gae", "reinforce_plus_plus")]
+
+
+@pytest.mark.parametrize("advantage", GROUPS["advantage"])
+def test_an_advantage_is_one_value(advantage: str) -> None:
+    """Nothing else has to be said, but what is said wins."""
+    ppo = load([f"advantage={advantage}", "kl=loss", "ppo.clip=0.1"]).ppo
+    assert ppo.clip == 0.1
+    assert (ppo.samples_per_prompt > 1) == ppo.advantage.compares_groups == (advantage in GROUPED)
+
+
+def test_what_a_critic_or_a_group_is_needed_for_is_refused_without() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.samples_per_prompt=1, but ppo\.advantage\.kind=grpo compares"):
+        load(["advantage=grpo", "ppo.samples_per_prompt=1"])
+    with pytest.raises(ConfigError, match=r"ppo\.critic_warmup=2, but ppo\.advantage\.kind=rloo has no critic; use 0"):
+        load(["advantage=rloo", "ppo.critic_warmup=2"])

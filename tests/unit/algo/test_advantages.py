@@ -1,12 +1,14 @@
-"""Generalized advantage estimation: hand-worked, against the paper's double sum, and its two ends."""
+"""Advantages with and without a critic: hand-worked, against the papers' sums written out, and their laws."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf_cluster.algo.advantages import gae
+from rlhf_cluster.algo.advantages import gae, group_relative, leave_one_out, returns_to_go
 
 NAN = float("nan")
 LENGTHS = [1, 4, 6, 3]
@@ -80,3 +82,53 @@ def test_no_token(shape: tuple[int, int]) -> None:
     for result in gae(zeros, zeros, zeros, 1.0, 0.95):
         assert result.shape == shape
         assert result.eq(0).all()
+
+
+def test_returns_to_go_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 2.0], [4.0, NAN, NAN]])
+    found = returns_to_go(rewards, torch.tensor([[1, 1, 1], [1, 0, 0]]), gamma=0.5)
+    assert found.tolist() == [[1.5, 1.0, 2.0], [4.0, 0.0, 0.0]]
+
+
+def test_returns_to_go_as_the_sum_written_out() -> None:
+    rewards, _, mask = rollouts()
+    found = returns_to_go(rewards, mask, 0.9)
+    for b, length in enumerate(LENGTHS):
+        for t in range(6):
+            expected = sum(0.9 ** (s - t) * rewards[b, s].item() for s in range(t, length))
+            assert found[b, t].item() == pytest.approx(expected, abs=1e-5)
+
+
+GROUPS = torch.tensor([0, 1, 0, 0, 1, 2])
+OUTCOMES = torch.tensor([1.0, 5.0, 2.0, 6.0, 5.0, 9.0])
+
+
+def test_groups_by_hand() -> None:
+    """Group 0: 1, 2, 6 with mean 3 and unbiased variance 14 / 2 = 7. Group 1 is all alike, group 2 has one member."""
+    centred = [-2.0, 0.0, -1.0, 3.0, 0.0, 0.0]
+    assert group_relative(OUTCOMES, GROUPS, scale=False).tolist() == pytest.approx(centred)
+    scaled = [value / (7**0.5 + 1e-6) for value in centred]
+    assert group_relative(OUTCOMES, GROUPS, scale=True).tolist() == pytest.approx(scaled)
+    # Without itself: 1 - 8/2, 2 - 7/2, 6 - 3/2.
+    assert leave_one_out(OUTCOMES, GROUPS).tolist() == pytest.approx([-3.0, 0.0, -1.5, 4.5, 0.0, 0.0])
+
+
+def test_groups_as_plain_loops_do_them() -> None:
+    generator = torch.Generator().manual_seed(3)
+    outcomes, groups = torch.randn(40, generator=generator), torch.randint(0, 7, (40,), generator=generator)
+    scaled, left_out = group_relative(outcomes, groups, scale=True), leave_one_out(outcomes, groups)
+    for i in range(40):
+        others = outcomes[(groups == groups[i]) & (torch.arange(40) != i)]
+        everyone = torch.cat([others, outcomes[i : i + 1]])
+        assert left_out[i].item() == pytest.approx(outcomes[i].item() - others.mean().item(), abs=1e-5)
+        assert scaled[i].item() == pytest.approx(((outcomes[i] - everyone.mean()) / everyone.std()).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("compare", [leave_one_out, lambda o, g: group_relative(o, g, scale=True)])
+def test_law_a_shift_of_a_group_and_the_order_of_rows_change_nothing(compare: Any) -> None:
+    shifted = OUTCOMES + torch.tensor([7.0, -3.0, 7.0, 7.0, -3.0, 1.0])
+    assert torch.allclose(compare(shifted, GROUPS), compare(OUTCOMES, GROUPS), atol=1e-5)
+    order = torch.tensor([4, 2, 5, 0, 1, 3])
+    assert torch.allclose(compare(OUTCOMES[order], GROUPS[order]), compare(OUTCOMES, GROUPS)[order])
+    sums = torch.zeros(3).index_add(0, GROUPS, compare(OUTCOMES, GROUPS))
+    assert torch.allclose(sums, torch.zeros(3), atol=1e-5)

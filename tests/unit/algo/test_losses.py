@@ -53,6 +53,29 @@ class TestPolicyLoss:
         assert loss.loss_sum.item() == pytest.approx(-1.25 - 1.28 + 0.8, abs=1e-6)
         assert new.grad[0].tolist() == pytest.approx([-1.25, 0.0, 0.0])
 
+    def test_the_ratio_of_responses_by_hand(self) -> None:
+        """GSPO: two responses; the ratios of the first, 2 and 8, have the geometric mean 4, that of the second is 1."""
+        new = torch.tensor([2.0, 8.0, 1.0]).log().requires_grad_()
+        advantages = torch.tensor([-1.0, -1.0, 1.0])
+        loss = policy_loss(new, torch.zeros(3), advantages, torch.ones(3), 0.2, lengths=torch.tensor([2, 1]))
+        assert loss.losses.tolist() == pytest.approx([4.0, 4.0, -1.0])
+        assert loss.ratio_max.item() == pytest.approx(4.0)
+        (loss.losses * torch.tensor([0.5, 0.5, 1.0])).sum().backward()  # the mean over each response's tokens
+        # d(4)/d(log ratio of a token) = 4 / 2 for each of the first's two.
+        assert new.grad.tolist() == pytest.approx([2.0, 2.0, -1.0])
+
+    def test_the_ratio_of_responses_of_one_token_is_that_of_tokens(self) -> None:
+        new, old, advantages, _ = (tensor[:, 0] for tensor in batch())
+        of_tokens = policy_loss(new, old, advantages, torch.ones(6), 0.2)
+        of_responses = policy_loss(new, old, advantages, torch.ones(6), 0.2, lengths=torch.ones(6, dtype=torch.long))
+        assert torch.allclose(of_tokens.losses, of_responses.losses)
+
+    def test_losses_of_tokens_add_up_to_their_sum(self) -> None:
+        new, old, advantages, mask = batch(2)
+        loss = policy_loss(new, old, advantages, mask, 0.2, dual_clip=1.5)
+        assert loss.losses.sum().item() == pytest.approx(loss.loss_sum.item(), abs=1e-5)
+        assert loss.losses[mask == 0].abs().sum() == 0
+
     def test_the_dual_clip_by_hand(self) -> None:
         """Ratios 2, 4 and 4 with d = 3: only what is both bad and beyond 3 is held, and does not pull any more."""
         new = torch.tensor([[2.0, 4.0, 4.0]]).log().requires_grad_()

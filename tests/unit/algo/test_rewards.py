@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_cluster.algo.kl import k1
-from rlhf_cluster.algo.rewards import ScoreMoments, kl_shaped_rewards, shape_scores
+from rlhf_cluster.algo.rewards import ScoreMoments, kl_shaped_rewards, overlong_penalty, shape_scores
 
 NAN = float("nan")
 
@@ -96,3 +96,9 @@ def test_shape_scores_refuses_negative_numbers() -> None:
         shape_scores(torch.ones(1), torch.tensor([True]), 0.0, -1.0)
     with pytest.raises(ValueError, match="missing_eos_penalty=-2"):
         shape_scores(torch.ones(1), torch.tensor([True]), -2.0, 0.0)
+
+
+def test_length_costs_in_the_buffer_alone_by_hand() -> None:
+    """DAPO eq. 13 with L = 20 and a buffer of 8: nothing up to 12, half of it at 16, all at 20."""
+    found = overlong_penalty(torch.tensor([1, 12, 13, 16, 20]), limit=20, buffer=8)
+    assert found.tolist() == [0.0, 0.0, -0.125, -0.5, -1.0]

@@ -67,6 +67,7 @@ def row() -> Callable[..., EvaluatedRow]:
     ) -> EvaluatedRow:
         zeros = np.zeros(len(old), np.float32)
         fields: dict[str, Any] = {
+            "prompt_id": "p",
             "prompt_ids": np.array([1, 2], np.int32),
             "response_ids": np.arange(len(old), dtype=np.int32),
             "rollout_logprobs": np.array(old, np.float32),

@@ -13,12 +13,13 @@ from rlhf_cluster.learner.experience import EvaluatedRow, Experience, make_exper
 from rlhf_cluster.records import Controls
 
 PLAIN = AdvantageConfig(gamma=1.0, lam=0.5, whiten=False)
+LONGEST = 8  # response tokens
 OnRanks = Callable[[int, Callable[[Any], Any]], list[Any]]
 
 
 def make(rows: list[EvaluatedRow], cfg: PPOConfig, kl_coef: float, on_ranks: OnRanks) -> Experience:
     """On one rank."""
-    (experience,) = on_ranks(1, lambda ranks: make_experience(rows, cfg, Controls(kl_coef), ranks))
+    (experience,) = on_ranks(1, lambda ranks: make_experience(rows, cfg, Controls(kl_coef), ranks, LONGEST))
     return experience
 
 
@@ -74,7 +75,7 @@ def test_two_ranks_whiten_as_one(
     cfg = PPOConfig(advantage=AdvantageConfig(whiten_rewards=whiten_rewards))
     shares = [[rows[i] for i in share], [row for i, row in enumerate(rows) if i not in share]]
     whole = make(rows, cfg, 0.2, on_ranks)
-    parts = on_ranks(2, lambda ranks: make_experience(shares[ranks.rank], cfg, Controls(0.2), ranks))
+    parts = on_ranks(2, lambda ranks: make_experience(shares[ranks.rank], cfg, Controls(0.2), ranks, LONGEST))
     for part in parts:
         for sample_id, place in part.index.items():
             for name in ("rewards", "advantages", "returns"):

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_cluster.config import (
+    ADVANTAGES,
+    AdvantageConfig,
     EngineConfig,
+    GenerationConfig,
     KLConfig,
     LearnerConfig,
     ModelConfig,
@@ -32,6 +35,7 @@ from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, Scor
 from rlhf_cluster.scoring.worker import RewardWorker
 
 EOS, COUNT = 258, 8
+LONGEST = 13  # response tokens
 MODEL = ModelConfig(source="tiny", dtype="float32", attention="eager")
 Start = Callable[..., LearnerWorker]
 CONTROLS = Controls(0.02)
@@ -86,7 +90,7 @@ def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> St
         rate = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
         cfg = LearnerConfig(rate, rate, EngineConfig(tokens_per_micro_batch=tokens_per_micro_batch))
         ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, **changed)
-        worker = LearnerWorker(cfg, ppo, MODEL, temperature=0.7, seed=5)
+        worker = LearnerWorker(cfg, ppo, MODEL, GenerationConfig(temperature=0.7, max_response_tokens=LONGEST), seed=5)
         worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model, text)
         return worker
 
@@ -108,8 +112,11 @@ def numbers(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def weights(worker: LearnerWorker) -> dict[str, torch.Tensor]:
-    engines = {"policy": worker._models.policy, "critic": worker._models.critic}
-    return {f"{model}/{n}": t.clone() for model, engine in engines.items() for n, t in engine.full_parameters()}
+    return {
+        f"{model}/{n}": t.clone()
+        for model, engine in worker._models.engines.items()
+        for n, t in engine.full_parameters()
+    }
 
 
 def distance(some: LearnerWorker, other: LearnerWorker) -> float:
@@ -330,7 +337,7 @@ def test_values_start_as_the_reward_models_scores(tiny: Path, reward_model: Path
 def test_without_a_reward_model_the_critic_has_a_new_head_on_the_policy(tiny: Path, one_rank: Ranks) -> None:
     models = ActorCritic(tiny, None, LearnerConfig(), MODEL, 3, one_rank)
     policy = {name.removeprefix("model.model."): t for name, t in models.policy.full_parameters()}
-    critic = {name.removeprefix("body."): t for name, t in models.critic.full_parameters()}
+    critic = {name.removeprefix("body."): t for name, t in models.engines["critic"].full_parameters()}
     assert torch.equal(critic["layers.0.mlp.up_proj.weight"], policy["layers.0.mlp.up_proj.weight"])
     assert float(critic["score.bias"]) == 0.0
 
@@ -344,7 +351,7 @@ def test_bfloat16_rounds_weights_and_not_the_rotary_frequencies(
     plain = load_policy(tiny, torch.bfloat16, "eager")
     frequencies = dict(plain.named_buffers())["model.rotary_emb.inv_freq"]
     assert frequencies.dtype == torch.float32
-    for module in (models.policy.module, models.critic.module):
+    for module in (engine.module for engine in models.engines.values()):
         (own,) = [buffer for name, buffer in module.named_buffers() if name.endswith("rotary_emb.inv_freq")]
         assert torch.equal(own, frequencies)
         assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
@@ -357,3 +364,86 @@ def test_without_a_reference_the_kl_is_zero(start: Start) -> None:
     found = worker.update(0, Controls(0.0)).metrics
     assert found["objective/kl"] == found["objective/non_score_reward"] == 0.0
     assert found["objective/rlhf_reward"] == pytest.approx(found["objective/scores"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADVANTAGES if kind != "gae"])
+def test_without_a_critic_the_policy_learns_alone(start: Start, kind: str, tmp_path: Path) -> None:
+    """Its rows have a prompt of their own each here, unless told that pairs share one."""
+    worker = start(advantage=AdvantageConfig(kind))
+    before = weights(worker)
+    assert before and all(name.startswith("policy/") for name in before)
+    pairs = rows().table.set_column(0, "prompt_id", [[f"p{i // 2}" for i in range(COUNT)]])
+    give(worker, ReferencedRollouts(pairs))
+    found = worker.update(0, CONTROLS).metrics
+    assert any(not torch.equal(before[name], now) for name, now in weights(worker).items())
+    assert not {"critic/vf_loss", "critic/values/mean", "critic/lr", "critic/vf_explained_var"} & found.keys()
+    assert found["critic/score/mean"] == pytest.approx(rows().score.mean())
+    worker.save(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "state"]
+    other = start(advantage=AdvantageConfig(kind))
+    other.load(str(tmp_path), 1)
+    assert distance(worker, other) == 0
+
+
+@pytest.mark.parametrize("loss_mean", ["response", "constant"])
+def test_every_mean_of_the_loss_is_that_of_the_minibatch(start: Start, loss_mean: str) -> None:
+    """Whatever the micro-batches; and it is not the mean over tokens."""
+    one, other, plain = (
+        start(limit, COUNT, loss_mean=mean) for limit, mean in ((64, loss_mean), (1, loss_mean), (64, "token"))
+    )
+    expected, found, _ = (numbers(updated(worker)) for worker in (one, other, plain))
+    assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
+    # Gradients, not weights: Adam makes whole steps of what rounding leaves of a gradient of 0.
+    gradient, split, of_tokens = (first_moments(worker) for worker in (one, other, plain))
+    assert max(float((gradient[name] - split[name]).abs().max()) for name in gradient) < 1e-7
+    assert max(float((gradient[name] - of_tokens[name]).abs().max()) for name in gradient) > 1e-5
+
+
+def test_the_ratio_of_responses_starts_at_1_and_learns(start: Start) -> None:
+    one, other = start(64, ratio="response", epochs=2), start(1, ratio="response", epochs=2)
+    expected, found = (numbers(updated(worker)) for worker in (one, other))
+    assert found["actor/first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert found == pytest.approx(expected, abs=1e-5, rel=1e-3)
+    assert distance(one, start(64)) > 1e-4
+
+
+def test_the_average_follows_the_policy_by_hand(start: Start) -> None:
+    """Two updates of one optimizer step each: average = 0.9 (0.9 w_0 + 0.1 w_1) + 0.1 w_2."""
+    worker = start(minibatch_size=COUNT, ema_decay=0.9)
+    seen = [weights(worker)]
+    for step in range(2):
+        updated(worker, step=step)
+        seen.append(weights(worker))
+    for name, average in worker._models.average.full():
+        first, second, third = (then[f"policy/{name}"] for then in seen)
+        torch.testing.assert_close(average, 0.9 * (0.9 * first + 0.1 * second) + 0.1 * third, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(tensor, seen[-1][name]) for name, tensor in weights(worker).items())  # a look moves nothing
+
+
+def test_a_saved_average_goes_on_bit_by_bit(start: Start, tmp_path: Path) -> None:
+    one, other = start(ema_decay=0.9), start(ema_decay=0.9)
+    updated(one)
+    one.save(str(tmp_path / "at1"))
+    other.load(str(tmp_path / "at1"), 1)
+    for worker in (one, other):
+        updated(worker, step=1)
+    assert distance(one, other) == 0
+    own = {name: tensor.clone() for name, tensor in one._models.average.full()}
+    assert all(torch.equal(own[name], tensor) for name, tensor in other._models.average.full())
+    one.save(str(tmp_path / "at2"))
+    saved = dict(load_policy(tmp_path / "at2" / "ema", torch.float32, "eager").named_parameters())
+    assert all(torch.equal(saved[name.removeprefix("model.")].data, tensor) for name, tensor in own.items())
+    policy = load_policy(tmp_path / "at2" / "policy", torch.float32, "eager")
+    assert any(not torch.equal(saved[name].data, p.data) for name, p in policy.named_parameters())
+
+
+def test_the_version_after_the_last_is_the_average(start: Start, tmp_path: Path) -> None:
+    worker = start(ema_decay=0.5)
+    updated(worker)
+    average = {name: tensor.clone() for name, tensor in worker._models.average.full()}
+    snapshot = worker.publish(2, str(tmp_path))
+    assert snapshot is not None and snapshot.version == 2
+    published = load_file(snapshot.path)
+    assert all(torch.equal(tensor, average[f"model.{name}"]) for name, tensor in published.items())
+    with pytest.raises(LearnerError, match="the policy is version 1, it cannot be published as 3"):
+        worker.publish(3, str(tmp_path))

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_cluster.config import AdvantageConfig, PPOConfig
 from rlhf_cluster.learner.experience import EvaluatedRow, make_experience
-from rlhf_cluster.learner.statistics import Tally, explained_variance, seconds_by_part, tally_experience
+from rlhf_cluster.learner.statistics import Tally, explained_variance, seconds_by_part, tally_experience, tally_values
 from rlhf_cluster.records import Controls
 
 OnRanks = Callable[[int, Callable[[Any], Any]], list[Any]]
@@ -66,8 +66,9 @@ def found_over(
     cfg = PPOConfig(advantage=AdvantageConfig(lam=0.5, whiten=False), missing_eos_penalty=missing_eos_penalty)
 
     def work(ranks: Any) -> dict[str, float]:
-        experience, tally = make_experience(rows[ranks.rank :: world], cfg, Controls(0.1), ranks), Tally()
+        experience, tally = make_experience(rows[ranks.rank :: world], cfg, Controls(0.1), ranks, 8), Tally()
         tally_experience(tally, experience, weight_version=5)
+        tally_values(tally, experience)
         return tally.over(ranks) | {"explained": explained_variance(experience, ranks)}
 
     return on_ranks(world, work)[0]
