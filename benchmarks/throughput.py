@@ -40,7 +40,7 @@ from rlhf_cluster import ppo
 from rlhf_cluster.cluster.hosts import environment
 from rlhf_cluster.cluster.placement import Attempt, PPOInputs, open_rooms
 from rlhf_cluster.cluster.session import ray_session
-from rlhf_cluster.config import RewardConfig, RunConfig, load
+from rlhf_cluster.config import RewardConfig, RewardPart, RunConfig, load
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.inputs import Inputs, load_inputs
@@ -254,7 +254,7 @@ def main() -> int:
             print(f"{args.model}: making the reward model, then starting the workers", file=terminal)
             cfg = configuration(args, work / "reward_model", 256 + args.tokens)
             # The reward model is made of what is loaded here, so that it cannot be there yet.
-            inputs = load_inputs(dataclasses.replace(cfg, reward=RewardConfig(kind="random")))
+            inputs = load_inputs(dataclasses.replace(cfg, reward=RewardConfig([RewardPart("random")])))
             prompts = of_one_length(inputs.prompts, args.prompts)
             prompt_tokens = len(prompts.prompt_ids[0])
             cfg = configuration(args, work / "reward_model", prompt_tokens + args.tokens)

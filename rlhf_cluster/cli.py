@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from rlhf_cluster.config import ConfigError, RunConfig, load, load_file, to_yaml
+from rlhf_cluster.config import ConfigError, RewardPart, RunConfig, load, load_file, part_names, to_yaml
 from rlhf_cluster.interrupts import heed_sigterm
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
@@ -152,6 +152,15 @@ def submit(args: argparse.Namespace) -> int:
     return 0 if args.detach else jobs.follow(job_id, args.address)
 
 
+def file_of(part: RewardPart) -> str:
+    """The file or directory that a reward's part reads, if it reads one."""
+    return {
+        "model": part.path,
+        "json_schema": part.schema,
+        "function": part.path if ".py:" in part.path else "",
+    }.get(part.kind, "")
+
+
 def for_cluster(cfg: RunConfig) -> RunConfig:
     """The config of a job: it attaches to the cluster that runs it, and its paths must not depend on a directory that
     Ray throws away."""
@@ -165,6 +174,7 @@ def for_cluster(cfg: RunConfig) -> RunConfig:
         "reward.path": cfg.reward.path,
         "reference.path": cfg.reference.path,
         **{f"data.{name}": getattr(cfg.data, name) for name in DATA_FILES},
+        **{f"the reward {name}'s path": file_of(part) for name, part in part_names(cfg.reward).items()},
     }
     if Path(cfg.model.path).is_dir():  # not a hub id
         must["model.path"] = cfg.model.path

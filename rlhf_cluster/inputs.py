@@ -3,12 +3,13 @@ checked here, before any worker starts."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.config import ConfigError, RunConfig
+from rlhf_cluster.config import ConfigError, RewardPart, RunConfig, part_names
 from rlhf_cluster.data.rows import Place
 from rlhf_cluster.data.sources import load_corpus
 from rlhf_cluster.data.split import Corpus
@@ -19,6 +20,8 @@ from rlhf_cluster.models.load import load_config
 from rlhf_cluster.models.score_head import check_scalar_head
 from rlhf_cluster.models.tokenizer import context_length, load_tokenizer
 from rlhf_cluster.records import Comparisons, Demonstrations, Pretraining, Prompts
+from rlhf_cluster.scoring.function import FunctionCall, FunctionLoadError
+from rlhf_cluster.scoring.worker import function_spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,8 @@ def load_inputs(cfg: RunConfig) -> Inputs:
     tokenizer = load_tokenizer(base_path, cfg.model.chat_template)
     inputs = encode(load_corpus(cfg.data, cfg.seed), cfg, base_path, tokenizer)
     _require_data(cfg, inputs)
+    if "ppo" in cfg.stages:
+        _require_rewards(cfg, inputs)
     return inputs
 
 
@@ -96,9 +101,11 @@ def _require_models(cfg: RunConfig, base_path: Path) -> None:
     if "ppo" not in cfg.stages:
         return
     given = {}
-    if cfg.reward.path and cfg.reward.kind == "model":
-        given["reward.path"] = Path(cfg.reward.path)
-        check_scalar_head(given["reward.path"])
+    for name, part in part_names(cfg.reward).items():
+        if part.kind == "model" and (model := part.path or cfg.reward.path):
+            key = f"the reward {name}'s path" if part.path else "reward.path"
+            given[key] = Path(model)
+            check_scalar_head(given[key])
     if cfg.reference.path and cfg.ppo.kl.kind != "none":
         given["reference.path"] = Path(cfg.reference.path)
     for key, path in given.items():
@@ -109,6 +116,39 @@ def _require_models(cfg: RunConfig, base_path: Path) -> None:
             )
         if cfg.model.context > (limit := context_length(path)):
             raise ConfigError(f"{key}={path} reads {limit} tokens, model.context={cfg.model.context} is more; lower it")
+
+
+def _require_rewards(cfg: RunConfig, inputs: Inputs) -> None:
+    """Functions load, prompts have the answers that are asked for, and the token is there."""
+    for name, part in part_names(cfg.reward).items():
+        if part.kind in ("math", "exact"):
+            _require_answers(name, part, inputs)
+        if part.kind in ("function", "math", "exact", "regex", "json_schema"):
+            function = FunctionCall(function_spec(part))
+            try:
+                function.start()
+            except FunctionLoadError as error:
+                what = part.path or part.pattern or part.schema
+                raise ConfigError(f"the reward {name} ({what or part.kind}) cannot be loaded: {error}") from error
+            finally:
+                function.close()
+    if cfg.reward.token_env and not os.environ.get(cfg.reward.token_env):
+        raise ConfigError(f"reward.token_env={cfg.reward.token_env}, but there is no such environment variable; set it")
+
+
+def _require_answers(name: str, part: RewardPart, inputs: Inputs) -> None:
+    for prompts in (inputs.prompts, inputs.heldout_prompts):
+        table = prompts.table
+        if part.column not in table.column_names:
+            own = [column for column in table.column_names if column not in Prompts.COLUMNS]
+            raise ConfigError(
+                f"the reward {name} reads the prompts' column {part.column!r}, which they lack; their own columns are "
+                f"{', '.join(own) or 'none'}"
+            )
+        if missing := table.column(part.column).null_count:
+            raise ConfigError(
+                f"{missing} of {len(prompts)} prompts have no {part.column!r}, which the reward {name} needs"
+            )
 
 
 def _require_data(cfg: RunConfig, inputs: Inputs) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rlhf_cluster import ppo, rm, sft
+from rlhf_cluster.algo.admission import Batch
 from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, open_generation, open_rooms
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.cluster.train import train_on_ranks
@@ -358,11 +359,14 @@ def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
     return lambda batch: {"objective/gold": float(np.mean(gold.score([*map(run.inputs.text, batch.response_ids)])))}
 
 
-def _show(run: Run, step: int, batch: ScoredRollouts) -> None:
+def _show(run: Run, step: int, batch: Batch) -> None:
+    if failures := ppo.reasons(batch):
+        run.progress.note(f"iteration {step + 1}: samples failed and were not trained on: {failures}")
     every = run.cfg.logging.sample_every
     if every and step % every == 0:
-        prompt, response = run.inputs.text(batch.prompt_ids[0]), run.inputs.text(batch.response_ids[0])
-        run.progress.sample(prompt, response, float(batch.score[0]))
+        rows = batch.rows
+        prompt, response = run.inputs.text(rows.prompt_ids[0]), run.inputs.text(rows.response_ids[0])
+        run.progress.sample(prompt, response, float(rows.score[0]))
 
 
 STAGES: dict[str, Callable[[Run], None]] = {sft.STAGE: run_sft, rm.STAGE: run_rm, ppo.STAGE: run_ppo}

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
+
+from rlhf_cluster.algo.admission import DROPPED, FILTERED, Admission, Batch
 from rlhf_cluster.algo.control import Control
 from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL
 from rlhf_cluster.config import PPOConfig
@@ -41,6 +44,12 @@ class Batches(Protocol):
 
     def members(self, step: int, batch_size: int, samples_per_prompt: int) -> Members: ...
 
+    def refill(self, step: int, attempt: int, count: int, samples_per_prompt: int) -> Members: ...
+
+
+class EmptyBatchError(RuntimeError):
+    """An iteration that has nothing to train on."""
+
 
 @dataclass(frozen=True)
 class Log:
@@ -50,7 +59,7 @@ class Log:
     timer: Timer
     rollouts: RolloutLog
     checkpoints: Checkpoints
-    show: Callable[[int, ScoredRollouts], None]
+    show: Callable[[int, Batch], None]
     measure: Callable[[ScoredRollouts], Mapping[str, float]] = (
         lambda batch: {}
     )  # further metrics that nothing learns from
@@ -70,40 +79,65 @@ AT_FIRST = Start()
 async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start: Start = AT_FIRST) -> None:
     """Runs iterations `start` to `cfg.steps`; the policy of iteration n is weight version n."""
     control = make_control(cfg, start)
-    batches: deque[asyncio.Task[ScoredRollouts]] = deque()
+    batches: deque[asyncio.Task[Batch]] = deque()
     async with asyncio.TaskGroup() as collecting:
         for step in range(start.step, cfg.steps):
             with log.timer("step"):
                 for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
-                    members = prompts.members(ahead, cfg.batch_size, cfg.samples_per_prompt)
-                    batches.append(collecting.create_task(collect(rooms, ahead, members, log.timer)))
+                    batches.append(collecting.create_task(collect(rooms, ahead, prompts, cfg, log.timer)))
                 batch = await batches.popleft()
-                controls = control.before(batch.score)
+                controls = control.before(batch.rows.score)
                 with log.timer("update"):
                     stats = await rooms.learner.update(step, controls)
                 with log.timer("update_weights"):
                     await rooms.learner.publish(stats.weight_version)
                     await rooms.generation.receive(stats.weight_version)
-                control.after(stats.metrics["objective/kl"], len(batch))
+                control.after(stats.metrics["objective/kl"], len(batch.rows))
             write_down(step, batch, stats, controls, log)  # first: what a checkpoint has behind it is on record
             if is_checkpoint(step, cfg):
                 with log.timer("save_checkpoint"):
                     await save(rooms, stats.weight_version, control, log)
 
 
-async def collect(rooms: Rooms, step: int, members: Members, timer: Timer) -> ScoredRollouts:
-    """One batch, from its members to rows that the learner has evaluated; each rollout moves on as it ends."""
+async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, timer: Timer) -> Batch:
+    """One batch, from its members to rows that the learner has evaluated. Members that failed or were filtered are
+    replaced by others, a few times; then the batch runs short."""
+    together = cfg.samples_per_prompt if cfg.advantage.compares_groups else 1
+    admission = Admission(cfg.advantage.compares_groups, cfg.dynamic_sampling)
+    members = prompts.members(step, cfg.batch_size, cfg.samples_per_prompt)
     await rooms.learner.begin(step, members.sample_id)
-    rows: list[asyncio.Task[ScoredRollouts]] = []
+    for attempt in range(cfg.max_refill + 1):
+        await evaluate_all(rooms, step, members, admission, timer)
+        gone = admission.gone()
+        if not gone or attempt == cfg.max_refill:
+            break
+        members = prompts.refill(step, attempt, len(gone) // together, together)
+        await rooms.learner.replace(step, gone, members.sample_id)
+    restored = admission.restore_filtered(gone)
+    if missing := [sample_id for sample_id in gone if sample_id not in set(restored.sample_id)]:
+        await rooms.learner.replace(step, missing, [])
+    if len(restored):
+        await rooms.learner.add(step, restored)
+    batch = admission.batch()
+    if not len(batch.rows):
+        raise EmptyBatchError(
+            f"iteration {step}: none of its {cfg.batch_size} samples has a score to train on ({reasons(batch)}); "
+            "mend the reward, or give it more time (reward.deadline_s)"
+        )
+    return batch
+
+
+async def evaluate_all(rooms: Rooms, step: int, members: Members, admission: Admission, timer: Timer) -> None:
+    """Samples the members; each rollout moves on as it ends."""
+    admission.expect(members)
     async with asyncio.TaskGroup() as evaluating:
         with timer("gen"):
             async for rollouts in rooms.generation.sample(members):
-                rows.append(evaluating.create_task(evaluate(rooms, step, rollouts, timer)))
-    return ScoredRollouts.concat([row.result() for row in rows])
+                evaluating.create_task(evaluate(rooms, step, rollouts, admission, timer))
 
 
-async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, timer: Timer) -> ScoredRollouts:
-    """Score and reference side by side, then the learner's own logprobs and values."""
+async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, admission: Admission, timer: Timer) -> None:
+    """Score and reference side by side, then the learner's own logprobs and values of what is admitted."""
 
     async def timed(part: str, ask: Callable[[Rollouts], Awaitable[T]]) -> T:
         with timer(part):
@@ -112,10 +146,16 @@ async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, timer: Timer) ->
     async with asyncio.TaskGroup() as side_by_side:
         scores = side_by_side.create_task(timed("reward", rooms.reward.score))
         ref = side_by_side.create_task(timed("ref", rooms.reference.logprobs))
-    scored = join(rollouts, scores.result(), ref.result())
-    with timer("old_log_prob"):
-        await rooms.learner.add(step, scored)
-    return scored
+    admitted = admission.take(join(rollouts, scores.result(), ref.result()))
+    if len(admitted):
+        with timer("old_log_prob"):
+            await rooms.learner.add(step, admitted)
+
+
+def reasons(batch: Batch) -> str:
+    """Why samples failed, the most frequent first."""
+    failures = Counter(failure for rows in batch.others.values() for failure in rows.failure if failure)
+    return "; ".join(f"{count} x {failure}" for failure, count in failures.most_common(3))
 
 
 def is_checkpoint(step: int, cfg: PPOConfig) -> bool:
@@ -145,19 +185,22 @@ def resume(checkpoint: Path) -> Start:
     return Start(**json.loads((checkpoint / RUN_STATE).read_text()))
 
 
-def write_down(step: int, batch: ScoredRollouts, stats: UpdateStats, controls: Controls, log: Log) -> None:
+def write_down(step: int, batch: Batch, stats: UpdateStats, controls: Controls, log: Log) -> None:
     """Rollouts, metrics and now and then a sample, once the iteration is done. The seconds of its checkpoint, which
     comes after, stand in the next record."""
-    seconds = log.timer.take()
-    tokens = sum(map(len, batch.response_ids)) + sum(map(len, batch.prompt_ids))
-    log.rollouts.write(step, batch.table)
+    rows, seconds = batch.rows, log.timer.take()
+    tokens = sum(map(len, rows.response_ids)) + sum(map(len, rows.prompt_ids))
+    log.rollouts.write(step, batch.table())
     log.metrics.log(
         STAGE,
         stats.weight_version,
         {
             **stats.metrics,
-            **log.measure(batch),
+            **parts_of_score(rows),
+            **log.measure(rows),
             **seconds,
+            "rollout/filtered": float(len(batch.others.get(FILTERED, ()))),
+            "fault/dropped": float(len(batch.others.get(DROPPED, ()))),
             "actor/kl_coef": controls.kl_coef,
             "sync/version": stats.weight_version,
             "perf/total_num_tokens": tokens,
@@ -165,3 +208,14 @@ def write_down(step: int, batch: ScoredRollouts, stats: UpdateStats, controls: C
         },
     )
     log.show(step, batch)
+
+
+def parts_of_score(rows: ScoredRollouts) -> dict[str, float]:
+    """The mean of each part of the score, and the seconds of its slowest sample."""
+    found = {}
+    for name in rows.table.column_names:
+        if name.startswith("reward/"):
+            found[name] = float(np.mean(rows.table.column(name).to_numpy()))
+        if name.startswith("reward_s/"):
+            found[name] = float(np.max(rows.table.column(name).to_numpy()))
+    return found

@@ -206,10 +206,12 @@ class Rollouts(Members):
 
 @dataclass(frozen=True, eq=False)
 class Scores(Record):
-    """What the reward says of a response: one scalar; further float columns are its named parts."""
+    """What the reward says of a response: one scalar, or why there is none (`failure`, empty where there is; the score
+    is then 0). Further float columns: the parts of it, `reward/<name>`, and the seconds of each, `reward_s/<name>`."""
 
     sample_id = Column(pa.string())
     score = Column(pa.float32())
+    failure = Column(pa.string())
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +227,7 @@ class ScoredRollouts(Rollouts):
     """A rollout with its score: what the learner takes when no reference is asked for."""
 
     score = Column(pa.float32())
+    failure = Column(pa.string())
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,9 @@ class Generation(Protocol):
 class RewardModel(Protocol):
     """The pool of scorers: a reward model, a function, a server; one scalar per response."""
 
-    async def score(self, rollouts: Rollouts) -> Scores: ...
+    async def score(self, rollouts: Rollouts) -> Scores:
+        """A row for every rollout, scored or failed."""
+        ...
 
 
 class Reference(Protocol):
@@ -48,6 +50,11 @@ class Learner(Protocol):
 
     async def add(self, step: int, rows: ScoredRollouts) -> None:
         """Takes rows of the open batch, in any order, and evaluates them: old logprobs and values."""
+        ...
+
+    async def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> None:
+        """Gives the places of members that will not be trained on to others, in order; where fewer come, the batch runs
+        short. Its minibatches stay as many."""
         ...
 
     async def update(self, step: int, controls: Controls) -> UpdateStats:

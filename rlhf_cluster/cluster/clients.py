@@ -168,6 +168,10 @@ class LearnerGroup:
         spans = zip([0, *stops[:-1]], stops, strict=True)
         await self._each("add", [(step, reference, start, stop) for start, stop in spans])
 
+    async def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> None:
+        owners = await self._all("replace", step, list(gone), list(come))
+        self._owners[step] = owners[0]
+
     async def update(self, step: int, controls: Controls) -> UpdateStats:
         stats = await self._all("update", step, controls)
         self._owners.pop(step, None)

@@ -25,7 +25,7 @@ from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.records import Pretraining
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import NoReference, Rooms
-from rlhf_cluster.scoring.worker import RewardWorker
+from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs
 from rlhf_cluster.weights.snapshot import store_directory
 from rlhf_cluster.weights.store import WeightStore, sweep
 
@@ -178,7 +178,9 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
     starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
     try:
         generation, starting = starter.start_generation(inputs.policy, 0)
-        reward_args = (cfg.reward, str(inputs.reward_model), cfg.model.dtype, cfg.model.attention, cfg.seed)
+        model, tokenizer = str(inputs.reward_model), str(inputs.policy)
+        scorers = ScorerInputs(model, tokenizer, cfg.model.dtype, cfg.model.attention, cfg.seed)
+        reward_args = (cfg.reward, scorers)
         reward = starter.start(RewardWorker, "reward", cfg.reward.resources, reward_args)
         reference: list[Host] = []
         if cfg.ppo.kl.kind != "none":

@@ -25,10 +25,12 @@ from rlhf_cluster.config.tree import (
     ReferenceConfig,
     Resources,
     RewardConfig,
+    RewardPart,
     RMConfig,
     RunConfig,
     SFTConfig,
     WeightsConfig,
+    part_names,
     roles,
 )
 from rlhf_cluster.config.validation import validate
@@ -55,6 +57,7 @@ __all__ = [
     "ReferenceConfig",
     "Resources",
     "RewardConfig",
+    "RewardPart",
     "RunConfig",
     "SFTConfig",
     "WeightsConfig",
@@ -62,6 +65,7 @@ __all__ = [
     "differences",
     "load",
     "load_file",
+    "part_names",
     "roles",
     "to_yaml",
     "validate",

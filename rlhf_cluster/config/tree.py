@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 STAGES = ("sft", "rm", "ppo")
+REWARD_KINDS = (
+    *("model", "random", "function", "http", "math", "exact", "regex", "json_schema", "length", "repetition"),
+)
 GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 ADVANTAGES = ("gae", "reinforce_plus_plus", *GROUP_ADVANTAGES)
 
@@ -169,6 +172,8 @@ class PPOConfig:
     samples_per_prompt: int = 1
     minibatch_size: int = 64  # responses of an optimizer step
     epochs: int = 1  # passes over the batch
+    max_refill: int = 1  # rounds in which new prompts take the places of samples that failed or were filtered
+    dynamic_sampling: bool = False  # a prompt whose responses all score alike is filtered (DAPO)
     loss_mean: str = "token"  # policy loss of a minibatch: token, the mean over its tokens | response, over responses
     # of the mean over their tokens (GRPO) | constant, the sum by responses x max_response_tokens (Dr. GRPO)
     ratio: str = "token"  # of probabilities, of each token | of each response (GSPO)
@@ -216,12 +221,37 @@ class GenerationConfig:
 
 
 @dataclass
-class RewardConfig:
-    """The scoring pool."""
+class RewardPart:
+    """One part of the score: who gives it, and what it weighs."""
 
-    kind: str = "model"  # model | random (a control: noise from the sample id)
-    path: str = ""  # for model: a reward model's directory; empty: the one that stage 2 trained
+    kind: str = "model"  # model | random (a control: noise from the sample id) | function | http | math | exact |
+    # regex | json_schema | length (tokens) | repetition (share of 3-grams said before); the last two with a weight < 0
+    name: str = ""  # in metrics, as reward/<name>; empty: the kind
+    weight: float = 1.0
+    path: str = ""  # model: a directory; empty: reward.path | function: FILE.py:NAME or package.module:NAME | http: URL
+    column: str = "answer"  # math, exact, labels of a function: the prompts' column with the answer
+    pattern: str = ""  # regex
+    schema: str = ""  # json_schema: the file with it
+    on_failure: str = ""  # of a sample: drop | neutral (reward.neutral_score) | stop the run; empty: stop where the
+    # score is computed here (model, random, length, repetition), drop where somebody is asked
+
+
+@dataclass
+class RewardConfig:
+    """The scoring pool: the score of a response is the weighted sum of its parts."""
+
+    parts: list[RewardPart] = field(default_factory=lambda: [RewardPart()])
+    path: str = ""  # for parts of kind model: a reward model's directory; empty: the one that stage 2 trained
     tokens_per_micro_batch: int = 4096
+    batch_size: int = 8  # samples of one call of a function, verifier or server
+    deadline_s: float = 10.0  # for each sample of a call
+    retries: int = 1  # of a sample that failed, asked alone
+    backoff_s: float = 0.5  # before the first retry; doubles with each
+    breaker_failures: int = 16  # samples in a row that failed, after which nothing is asked for `breaker_s`
+    breaker_s: float = 30.0
+    concurrency: int = 4  # http: requests at once of a worker
+    token_env: str = ""  # http: the environment variable that holds a bearer token; empty: none is sent
+    neutral_score: float = 0.0  # of a failed sample under on_failure=neutral
     resources: Resources = field(default_factory=Resources)
 
 
@@ -320,6 +350,16 @@ def optimizers(cfg: RunConfig) -> list[tuple[str, OptimizerConfig]]:
         ("learner.policy", cfg.learner.policy),
         ("learner.critic", cfg.learner.critic),
     ]
+
+
+def part_names(cfg: RewardConfig) -> dict[str, RewardPart]:
+    """The parts of the score by name; one that is alike an earlier one gets a number."""
+    named: dict[str, RewardPart] = {}
+    for part in cfg.parts:
+        name = part.name or part.kind
+        again = sum(other == name or other.startswith(f"{name}_") for other in named)
+        named[f"{name}_{again + 1}" if name in named else name] = part
+    return named
 
 
 def roles(cfg: RunConfig) -> dict[str, Resources]:

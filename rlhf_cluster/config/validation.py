@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from rlhf_cluster.config.tree import ADVANTAGES, STAGES, ConfigError, RunConfig, leaves, optimizers, roles
+from rlhf_cluster.config.tree import ADVANTAGES, REWARD_KINDS, STAGES, ConfigError, RunConfig, leaves, optimizers, roles
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -38,7 +38,6 @@ def _validate_choices(cfg: RunConfig) -> None:
     _one_of("data.source", cfg.data.source, ("files", "sentiment", "hh", "oasst"))
     _one_of("rm.ranking.labeler", cfg.rm.ranking.labeler, ("", "vader", "letters"))
     _one_of("evaluation.gold", cfg.evaluation.gold, ("", "vader", "letters"))
-    _one_of("reward.kind", cfg.reward.kind, ("model", "random"))
     _one_of("ppo.kl.kind", cfg.ppo.kl.kind, ("fixed", "adaptive", "none"))
     _one_of("ppo.kl.estimator", cfg.ppo.kl.estimator, ("k1", "k2", "k3"))
     _one_of("ppo.kl.loss_estimator", cfg.ppo.kl.loss_estimator, ("k2", "k3"))
@@ -114,6 +113,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.missing_eos_penalty", cfg.ppo.missing_eos_penalty),
         ("ppo.overlong_penalty", cfg.ppo.overlong_penalty),
         ("ppo.overlong_buffer", cfg.ppo.overlong_buffer),
+        ("ppo.max_refill", cfg.ppo.max_refill),
         ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
         ("rm.layers", cfg.rm.layers),
         ("ppo.save_every", cfg.ppo.save_every),
@@ -228,6 +228,10 @@ def _validate_advantage(cfg: RunConfig) -> None:
         "prompt with each other; use 2 or more",
     )
     _require(
+        not ppo.dynamic_sampling or ppo.advantage.compares_groups,
+        f"ppo.dynamic_sampling=true, but ppo.advantage.kind={kind} compares no responses; use one that does, as grpo",
+    )
+    _require(
         ppo.advantage.needs_critic or ppo.critic_warmup == 0,
         f"ppo.critic_warmup={ppo.critic_warmup}, but ppo.advantage.kind={kind} has no critic; use 0",
     )
@@ -240,6 +244,40 @@ def _validate_advantage(cfg: RunConfig) -> None:
         ppo.result == "policy" or ppo.ema_decay > 0,
         f"ppo.result={ppo.result}, but ppo.ema_decay={ppo.ema_decay} keeps no average; use a decay as 0.992",
     )
+
+
+def _validate_reward(cfg: RunConfig) -> None:
+    """Each part has what its kind needs. Whether it can be loaded is seen where it is loaded (`inputs`)."""
+    reward = cfg.reward
+    _require(bool(reward.parts), "reward.parts is empty; name at least one, as reward.parts=[{kind: model}]")
+    needs = {"function": "path", "http": "path", "math": "column", "exact": "column"}
+    needs |= {"regex": "pattern", "json_schema": "schema"}
+    for index, part in enumerate(reward.parts):
+        key = f"reward.parts[{index}]"
+        _one_of(f"{key}.kind", part.kind, REWARD_KINDS)
+        _one_of(f"{key}.on_failure", part.on_failure, ("", "drop", "neutral", "stop"))
+        _require(math.isfinite(part.weight), f"{key}.weight={part.weight}: it must be a finite number")
+        _require(
+            re.fullmatch(r"[\w.-]*", part.name) is not None, f"{key}.name={part.name}: only letters, digits, ., _ and -"
+        )
+        if need := needs.get(part.kind):
+            _require(bool(getattr(part, need)), f"{key}.{need} is empty; a part of kind {part.kind} needs it")
+        if part.kind == "http":
+            _require(
+                re.fullmatch(r"https?://[^\s/]+(/\S*)?", part.path) is not None,
+                f"{key}.path={part.path}: it must be http://HOST:PORT/PATH or https://...",
+            )
+        if part.kind == "model":
+            found = part.path or reward.path or "rm" in cfg.stages
+            _require(
+                bool(found), "reward.path is empty and rm is not among the stages: name a reward model's directory"
+            )
+    for name, number in (("deadline_s", reward.deadline_s), ("breaker_s", reward.breaker_s)):
+        _require(number > 0, f"reward.{name}={number}: it must be above 0")
+    for name in ("batch_size", "concurrency", "breaker_failures"):
+        _require(getattr(reward, name) >= 1, f"reward.{name}={getattr(reward, name)}: it must be at least 1")
+    for name in ("retries", "backoff_s"):
+        _require(getattr(reward, name) >= 0, f"reward.{name}={getattr(reward, name)}: it must not be negative")
 
 
 def _validate_ppo(cfg: RunConfig) -> None:
@@ -270,8 +308,7 @@ def _validate_ppo(cfg: RunConfig) -> None:
         parallel == 1 or not gpus or parallel == gpus,
         f"generation.tensor_parallel={parallel} differs from generation.resources.num_gpus={gpus:g}; make them equal",
     )
-    needs_path = cfg.reward.kind == "model" and "rm" not in cfg.stages and not cfg.reward.path
-    _require(not needs_path, "reward.path is empty and rm is not among the stages: name a reward model's directory")
+    _validate_reward(cfg)
     no_policy = (
         "sft" not in cfg.stages and not cfg.policy_path and cfg.model.source == "pretrained" and not cfg.model.path
     )

@@ -40,6 +40,13 @@ class PromptOrder:
         rows = [self._order[position] for position in range(step * count, (step + 1) * count)]
         return _members(self._prompts, rows, step, samples_per_prompt, self._seed)
 
+    def refill(self, step: int, attempt: int, count: int, samples_per_prompt: int) -> Members:
+        """`count` prompts more for the batch of `step`, in the places of some that cannot be trained on; `attempt` is
+        the how manieth refill it is. From an order of their own, so what the other steps get does not change."""
+        order = EndlessOrder(self._prompts.prompt_id, self._seed, "refill", step, attempt)
+        rows = [order[position] for position in range(count)]
+        return _members(self._prompts, rows, step, samples_per_prompt, self._seed, f"{step}+{attempt + 1}")
+
 
 def heldout_members(prompts: Prompts, label_step: int, samples_per_prompt: int, seed: int) -> Members:
     """Every prompt, `samples_per_prompt` times, in the order given. `label_step` marks the evaluation (below 0 it meets
@@ -47,7 +54,11 @@ def heldout_members(prompts: Prompts, label_step: int, samples_per_prompt: int, 
     return _members(prompts, range(len(prompts)), label_step, samples_per_prompt, seed)
 
 
-def _members(prompts: Prompts, rows: Sequence[int], step: int, samples_per_prompt: int, seed: int) -> Members:
+def _members(
+    prompts: Prompts, rows: Sequence[int], step: int, samples_per_prompt: int, seed: int, label: str = ""
+) -> Members:
+    """`label` begins the sample ids and is what seeds are made from; the step where none is given."""
+    label = label or str(step)
     ids = prompts.prompt_id
     index = _sample_indices([ids[row] for row in rows], samples_per_prompt)
     picked = prompts.table.take(pa.array(np.repeat(np.asarray(rows, dtype=np.int64), samples_per_prompt)))
@@ -56,8 +67,8 @@ def _members(prompts: Prompts, rows: Sequence[int], step: int, samples_per_promp
     columns = {
         "step": [step] * len(samples),
         "sample_index": index,
-        "sample_id": [f"{step}/{name}/{sample}" for name, sample in samples],
-        "seed": [stable_seed(seed, step, name, sample) for name, sample in samples],
+        "sample_id": [f"{label}/{name}/{sample}" for name, sample in samples],
+        "seed": [stable_seed(seed, label, name, sample) for name, sample in samples],
     }
     for name, values in columns.items():
         picked = picked.append_column(name, pa.array(values, Members.COLUMNS[name].type))

@@ -19,6 +19,19 @@ class BatchPlan:
     minibatches: list[list[str]]
     owners: dict[str, int]
 
+    def replaced(self, gone: Sequence[str], come: Sequence[str]) -> BatchPlan:
+        """The plan with the members of `gone` out of it and those of `come` in their places, in order. Members that are
+        out already are passed over."""
+        places = [sample_id for sample_id in gone if sample_id in self.owners]
+        successors = dict(zip(places, come, strict=False))
+        leaving = set(places)
+        minibatches = [
+            [successors.get(i, i) for i in minibatch if i not in leaving or i in successors]
+            for minibatch in self.minibatches
+        ]
+        owners = {successors.get(i, i): rank for i, rank in self.owners.items() if i not in leaving or i in successors}
+        return BatchPlan(minibatches, owners)
+
     def orders(self, epochs: int, seed: int) -> list[list[int]]:
         """For each epoch, the order of the minibatches; as planned in the first, shuffled in the later ones."""
         rng = np.random.default_rng([seed, 1])

@@ -79,6 +79,8 @@ class Updater:
         minibatches = [minibatch for order in plan.orders(self._cfg.epochs, seed) for minibatch in order]
         done = 0
         for done, minibatch in enumerate(minibatches, start=1):
+            if not sizes[minibatch].responses:
+                continue  # the batch runs short: all of its rows have failed
             if self._mix is not None and rates.policy:
                 self._mix_gradient(self._mix.share(step * len(minibatches) + done - 1, self._models.ranks))
             kl = self._minibatch(own[minibatch], sizes[minibatch], rates, first=done == 1)

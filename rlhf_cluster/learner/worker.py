@@ -86,6 +86,18 @@ class LearnerWorker:
             self._open.setdefault(step, OpenBatch(plan))
         return plan.owners
 
+    def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> dict[str, int]:
+        """Other members in the places of some; returns the rank of every member. Repeated, it changes nothing."""
+        if self._is_done(step):
+            return {}
+        if step not in self._open:
+            raise LearnerError(f"members of batch {step} are to change, but the open batches are {sorted(self._open)}")
+        batch = self._open[step]
+        batch.plan = batch.plan.replaced(gone, come)
+        for sample_id in gone:
+            batch.rows.pop(sample_id, None)
+        return batch.plan.owners
+
     def _require_whole(self, step: int) -> None:
         """A batch that lost rows would train on fewer without a word."""
         batch = self._open[step]

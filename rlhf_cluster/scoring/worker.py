@@ -1,25 +1,35 @@
-"""One reward worker around one scorer, chosen once from the config."""
+"""One reward worker around the parts of a score, each chosen once from the config: the score is their weighted sum."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import xxhash
 
-from rlhf_cluster.config import RewardConfig
+from rlhf_cluster.config import RewardConfig, RewardPart, part_names
 from rlhf_cluster.models.batching import in_order, micro_batches, singles
 from rlhf_cluster.models.load import resolve_attention, resolve_dtype
 from rlhf_cluster.models.score_head import ScalarHeadModel
+from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Rollouts, Scores
+from rlhf_cluster.scoring.function import FunctionCall
+from rlhf_cluster.scoring.function_process import FunctionSpec
+from rlhf_cluster.scoring.http import HttpCall
+from rlhf_cluster.scoring.patience import Patience, Patient
+from rlhf_cluster.scoring.samples import Sample, Verdicts
 
 
 class Scorer(Protocol):
-    """f32 [B], one finite score per rollout."""
+    """One part of the score. `samples` are the rollouts as text."""
 
-    def __call__(self, rollouts: Rollouts) -> np.ndarray: ...
+    def __call__(self, rollouts: Rollouts, samples: Sequence[Sample]) -> Verdicts: ...
 
 
 class ModelScorer:
@@ -40,32 +50,157 @@ class ModelScorer:
         return np.array(in_order(batches, parts, len(rollouts)), np.float32)
 
 
-class RandomScorer:
+def random_scores(rollouts: Rollouts, seed: int) -> np.ndarray:
     """Standard normal noise from the sample's id: a control that must teach nothing, the same on every worker."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __call__(self, rollouts: Rollouts) -> np.ndarray:
-        seeds = [xxhash.xxh3_64_intdigest(sample_id.encode(), self._seed) for sample_id in rollouts.sample_id]
-        return np.array([np.random.default_rng(seed).standard_normal() for seed in seeds], np.float32)
+    seeds = [xxhash.xxh3_64_intdigest(sample_id.encode(), seed) for sample_id in rollouts.sample_id]
+    return np.array([np.random.default_rng(seed).standard_normal() for seed in seeds], np.float32)
 
 
-def make_scorer(cfg: RewardConfig, path: str, dtype: str, attention: str, seed: int) -> Scorer:
-    if cfg.kind == "random":
-        return RandomScorer(seed)
-    return ModelScorer(path, dtype, attention, cfg.tokens_per_micro_batch)
+def lengths(rollouts: Rollouts) -> np.ndarray:
+    """Tokens of each response; a weight below 0 makes them a penalty."""
+    return np.array([len(ids) for ids in rollouts.response_ids], np.float32)
+
+
+def repetitions(rollouts: Rollouts, n: int = 3) -> np.ndarray:
+    """Share of each response's n-grams of tokens that it has said before: 0 where all differ."""
+
+    def share(ids: Sequence[int]) -> float:
+        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+    return np.array([share(ids.tolist()) for ids in rollouts.response_ids], np.float32)
+
+
+class OfRollouts:
+    """What is computed from tokens. It fails where it is not finite."""
+
+    def __init__(self, compute: Callable[[Rollouts], np.ndarray]) -> None:
+        self._compute = compute
+
+    def __call__(self, rollouts: Rollouts, samples: Sequence[Sample]) -> Verdicts:
+        scores = self._compute(rollouts)
+        failures = ["" if np.isfinite(score) else f"it gave {score}" for score in scores]
+        return Verdicts(np.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0), failures, [0.0] * len(scores))
+
+
+class OfText:
+    """What is asked of somebody else, who may fail."""
+
+    def __init__(self, ask: Patient) -> None:
+        self._ask = ask
+
+    def __call__(self, rollouts: Rollouts, samples: Sequence[Sample]) -> Verdicts:
+        return self._ask(samples)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A scorer with its place in the sum."""
+
+    name: str
+    weight: float
+    on_failure: str
+    scorer: Scorer
+
+
+class RewardError(RuntimeError):
+    """A reward that failed where the config says that the run is to stop then."""
+
+
+@dataclass(frozen=True)
+class ScorerInputs:
+    """What scorers are made from besides their config. `model`: stage 2's reward model, or none."""
+
+    model: str
+    tokenizer: str
+    dtype: str
+    attention: str
+    seed: int
 
 
 class RewardWorker:
-    """Scores what it is sent. Raises ValueError, naming the samples, where a score is not finite."""
+    """Scores what it is sent. Raises RewardError, naming a sample, where a part fails that may not."""
 
-    def __init__(self, cfg: RewardConfig, path: str, dtype: str, attention: str, seed: int) -> None:
-        self._scorer = make_scorer(cfg, path, dtype, attention, seed)
+    def __init__(self, cfg: RewardConfig, inputs: ScorerInputs) -> None:
+        self._cfg = cfg
+        self._parts = [
+            Part(name, part.weight, failure_policy(part), make_scorer(part, cfg, inputs))
+            for name, part in part_names(cfg).items()
+        ]
+        needs_text = any(isinstance(part.scorer, OfText) for part in self._parts)
+        self._tokenizer = load_tokenizer(Path(inputs.tokenizer)) if needs_text else None
 
     def score(self, rollouts: Rollouts) -> Scores:
-        scores = self._scorer(rollouts)
-        bad = [i for i, ok in zip(rollouts.sample_id, np.isfinite(scores), strict=True) if not ok]
-        if bad:
-            raise ValueError(f"the reward gave no finite score for {len(bad)} of {len(scores)} samples, first {bad[0]}")
-        return Scores.of({"sample_id": rollouts.sample_id, "score": scores.tolist()})
+        samples = self._samples(rollouts)
+        total = np.zeros(len(rollouts), np.float64)
+        failures = [""] * len(rollouts)
+        columns: dict[str, Any] = {}
+        for part in self._parts:
+            verdicts = part.scorer(rollouts, samples)
+            scores = np.array(verdicts.scores, np.float32)
+            for row, failure in enumerate(verdicts.failures):
+                if failure:
+                    scores[row] = self._cfg.neutral_score
+                    failures[row] = failures[row] or self._outcome(part, rollouts.sample_id[row], failure)
+            total += part.weight * scores
+            columns[f"reward/{part.name}"] = scores
+            columns[f"reward_s/{part.name}"] = np.array(verdicts.seconds, np.float32)
+        total[[bool(failure) for failure in failures]] = 0.0
+        own = {"sample_id": rollouts.sample_id, "score": total.astype(np.float32), "failure": failures}
+        return Scores.of(own | columns)
+
+    def _outcome(self, part: Part, sample_id: str, failure: str) -> str:
+        """What a failed sample's row says of it; nothing where it goes on with a neutral score."""
+        if part.on_failure == "stop":
+            raise RewardError(f"the reward {part.name} gave no finite score for sample {sample_id}: {failure}")
+        return f"{part.name}: {failure}" if part.on_failure == "drop" else ""
+
+    def _samples(self, rollouts: Rollouts) -> list[Sample]:
+        if self._tokenizer is None:
+            return []
+        own = [name for name in rollouts.table.column_names if name not in Rollouts.COLUMNS]
+        rows = rollouts.table.select(own).to_pylist() if own else [{} for _ in range(len(rollouts))]
+        texts = [
+            [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in column]
+            for column in (rollouts.prompt_ids, rollouts.response_ids)
+        ]
+        ended = [reason == "stop" for reason in rollouts.finish_reason]
+        return [Sample(*fields) for fields in zip(rollouts.sample_id, *texts, ended, rows, strict=True)]
+
+
+def failure_policy(part: RewardPart) -> str:
+    """What a part's failure costs: the sample; or the run, where a model of ours is broken."""
+    return part.on_failure or ("stop" if part.kind in ("model", "random", "length", "repetition") else "drop")
+
+
+def make_scorer(part: RewardPart, cfg: RewardConfig, inputs: ScorerInputs) -> Scorer:
+    if part.kind == "model":
+        path = part.path or cfg.path or inputs.model
+        return OfRollouts(ModelScorer(path, inputs.dtype, inputs.attention, cfg.tokens_per_micro_batch))
+    of_tokens: Mapping[str, Callable[[Rollouts], np.ndarray]] = {
+        "random": partial(random_scores, seed=inputs.seed),
+        "length": lengths,
+        "repetition": repetitions,
+    }
+    if part.kind in of_tokens:
+        return OfRollouts(of_tokens[part.kind])
+    if part.kind == "http":
+        token = os.environ[cfg.token_env] if cfg.token_env else ""
+        return OfText(Patient(HttpCall(part.path, token), _patience(cfg, cfg.concurrency)))
+    return OfText(Patient(FunctionCall(function_spec(part)), _patience(cfg, 1)))
+
+
+def function_spec(part: RewardPart) -> FunctionSpec:
+    return FunctionSpec(part.kind, part.path, part.column, part.pattern, part.schema)
+
+
+def _patience(cfg: RewardConfig, concurrency: int) -> Patience:
+    return Patience(
+        cfg.deadline_s,
+        cfg.retries,
+        cfg.backoff_s,
+        cfg.breaker_failures,
+        cfg.breaker_s,
+        cfg.batch_size,
+        concurrency,
+    )

@@ -16,6 +16,7 @@ from rlhf_cluster.config import (
     OptimizerConfig,
     PPOConfig,
     RewardConfig,
+    RewardPart,
 )
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.worker import LearnerWorker
@@ -24,7 +25,7 @@ from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import Learner, Reference, RewardModel
-from rlhf_cluster.scoring.worker import RewardWorker
+from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs
 from rlhf_cluster.weights.snapshot import check
 
 
@@ -60,6 +61,9 @@ class OneLearner:
     async def add(self, step: int, rows: ScoredRollouts) -> None:
         self.worker.add(step, rows, 0, len(rows))
 
+    async def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> None:
+        self.worker.replace(step, gone, come)
+
     async def update(self, step: int, controls: Controls) -> UpdateStats:
         return self.worker.update(step, controls)
 
@@ -81,12 +85,16 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def random_reward() -> RewardModel:
-    return OneReward(RewardWorker(RewardConfig(kind="random"), "", "float32", "eager", 0))
+    return OneReward(RewardWorker(RewardConfig([RewardPart("random")]), ScorerInputs("", "", "float32", "eager", 0)))
 
 
 @pytest.fixture(scope="session")
 def real_reward(reward_model: Path) -> RewardModel:
-    return OneReward(RewardWorker(RewardConfig(tokens_per_micro_batch=40), str(reward_model), "float32", "eager", 0))
+    return OneReward(
+        RewardWorker(
+            RewardConfig(tokens_per_micro_batch=40), ScorerInputs(str(reward_model), "", "float32", "eager", 0)
+        )
+    )
 
 
 @pytest.fixture(scope="session")

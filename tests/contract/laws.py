@@ -49,7 +49,7 @@ def rollouts(count: int = 6, step: int = 0) -> Rollouts:
 
 
 def scored(step: int = 0) -> ScoredRollouts:
-    return rollouts(step=step).extend(ScoredRollouts, {"score": [0.5 * i for i in range(6)]})
+    return rollouts(step=step).extend(ScoredRollouts, {"score": [0.5 * i for i in range(6)], "failure": [""] * 6})
 
 
 async def collected(generation: Generation, asked: Members) -> Rollouts:
@@ -177,3 +177,21 @@ async def a_checkpoint_has_its_three_parts(learner: Learner, directory: Path) ->
     await learner.save(directory)
     assert sorted(path.name for path in directory.iterdir()) == ["critic", "policy", "state"]
     assert all(any(part.iterdir()) for part in directory.iterdir())
+
+
+async def members_may_be_replaced(learner: Learner) -> None:
+    """One that was evaluated already, one that never came; the third place stays empty."""
+    rows = scored()
+    names = rows.sample_id
+    await learner.begin(0, names)
+    await learner.add(0, rows.slice(0, 3))
+    others = rows.table.slice(3, 1).drop_columns(["sample_id"]).append_column("sample_id", [["0+1/q/0"]])
+    newcomer = ScoredRollouts(others)
+    for _ in range(2):  # repeating it changes nothing
+        await learner.replace(0, [names[0], names[4], names[5]], newcomer.sample_id)
+    await learner.add(0, newcomer)
+    await learner.add(0, rows.slice(3, 4))
+    stats = await learner.update(0, Controls(0.02))
+    assert stats.metrics["critic/score/mean"] == pytest.approx(np.mean([0.5, 1.0, 1.5, 1.5]))
+    with pytest.raises(RuntimeError, match="members of batch 7 are to change"):
+        await learner.replace(7, [names[0]], [])

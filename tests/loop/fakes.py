@@ -95,17 +95,19 @@ class FakeGeneration:
 
 @dataclass
 class FakeReward:
-    """The share of small tokens in a response."""
+    """The share of small tokens in a response; a failure where `failing` says why."""
 
     events: Events = field(default_factory=Events)
     ticks: int = 1
+    failing: Callable[[str], str] = lambda sample_id: ""
 
     async def score(self, rollouts: Rollouts) -> Scores:
         self.events("score", int(rollouts.step[0]))
         for _ in range(self.ticks):
             await asyncio.sleep(0)
         scores = [float((ids < 128).mean()) for ids in rollouts.response_ids]
-        return Scores.of({"sample_id": rollouts.sample_id, "score": scores})
+        failures = [self.failing(sample_id) for sample_id in rollouts.sample_id]
+        return Scores.of({"sample_id": rollouts.sample_id, "score": scores, "failure": failures})
 
 
 @dataclass
@@ -157,6 +159,13 @@ class FakeLearner:
             if sample_id not in batch:
                 raise OutOfTurn(f"{sample_id} is no member of batch {step}")
             batch[sample_id] = batch[sample_id] or rows.take([index])
+
+    async def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> None:
+        self.events("replace", step)
+        if step not in self.open:
+            raise OutOfTurn(f"members of batch {step} are to change, but the open batches are {sorted(self.open)}")
+        left = [sample_id for sample_id in gone if self.open[step].pop(sample_id, self) is not self]
+        self.open[step] |= dict.fromkeys(come[: len(left)])
 
     async def update(self, step: int, controls: Controls) -> UpdateStats:
         if self.last is not None and self.last.step == step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import pytest
 from fakes import Broken, Events, FakeRooms, as_they_came, prompts, shuffled
 
 from rlhf_cluster import ppo
-from rlhf_cluster.config import KLConfig, PPOConfig
+from rlhf_cluster.algo.admission import Batch
+from rlhf_cluster.config import AdvantageConfig, KLConfig, PPOConfig
 from rlhf_cluster.data.batches import PromptOrder
-from rlhf_cluster.records import Controls, ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.records import Controls, ReferencedRollouts, Rollouts, ScoredRollouts, Scores
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, MetricsRecord, read_metrics
@@ -44,7 +45,7 @@ class RunOfLoop:
         def fail(sentence: str) -> None:
             raise AssertionError(sentence)
 
-        def show(step: int, batch: ScoredRollouts) -> None:
+        def show(step: int, batch: Batch) -> None:
             self.shown.append(step)
 
         with MetricsLog([JsonlSink(self.directory / "metrics.jsonl")], warn=fail) as metrics:
@@ -301,3 +302,110 @@ def test_a_slow_room_does_not_outlive_the_failure_of_another(tmp_path: Path, ver
     with pytest.raises(BaseExceptionGroup):
         run()
     assert run.left == []
+
+
+GROUPED = AdvantageConfig("grpo", whiten=False)
+
+
+def failing(*words: str) -> Callable[[str], str]:
+    """Samples whose id has one of the words fail."""
+    return lambda sample_id: "mine: it hung" if any(word in sample_id for word in words) else ""
+
+
+def replaced(run: RunOfLoop) -> list[str]:
+    return [sample_id for ids in run.fakes.learner.trained.values() for sample_id in ids if "+" in sample_id]
+
+
+def test_what_failed_is_replaced_and_the_batch_is_whole(tmp_path: Path) -> None:
+    fakes = FakeRooms()
+    first = members(0)[0]
+    fakes.reward.failing = failing(first)
+    run = RunOfLoop(tmp_path, fakes)()
+    assert all(len(ids) == BATCH for ids in fakes.learner.trained.values())
+    assert len(replaced(run)) == 1 and first not in fakes.learner.trained[0]
+    record = run.rollouts.read(0)
+    states = dict(zip(record.column("sample_id").to_pylist(), record.column("state").to_pylist(), strict=True))
+    assert len(states) == BATCH + 1 and states[first] == "dropped"
+    assert [entry.metrics["fault/dropped"] for entry in run.metrics] == [1.0] + [0.0] * (STEPS - 1)
+
+
+def test_what_fails_again_and_again_leaves_the_batch_short(tmp_path: Path) -> None:
+    fakes = FakeRooms()
+    first, *others = members(1)
+    fakes.reward.failing = failing(first, "1+")
+    RunOfLoop(tmp_path, fakes)(max_refill=2)
+    assert fakes.learner.trained[1] == sorted(others)
+    assert fakes.events.of("replace") == [("replace", 1)] * 3  # two refills, then the place stays empty
+
+
+def test_without_refills_nothing_is_sampled_anew(tmp_path: Path) -> None:
+    fakes = FakeRooms()
+    fakes.reward.failing = failing(members(0)[0])
+    run = RunOfLoop(tmp_path, fakes)(max_refill=0)
+    assert len(fakes.learner.trained[0]) == BATCH - 1 and not replaced(run)
+
+
+def test_a_batch_of_which_nothing_is_left_is_said(tmp_path: Path) -> None:
+    fakes = FakeRooms()
+    fakes.reward.failing = failing("/")
+    with pytest.raises(BaseExceptionGroup) as raised:
+        RunOfLoop(tmp_path, fakes)()
+    (error,) = leaves(raised.value)
+    assert isinstance(error, ppo.EmptyBatchError)
+    assert str(error).startswith("iteration 0: none of its 8 samples has a score to train on (16 x mine: it hung); ")
+
+
+def test_a_group_stays_together(tmp_path: Path) -> None:
+    """One of its two fails: both are replaced, by the two responses to another prompt."""
+    fakes = FakeRooms(chunk=1, order=shuffled(3))
+    first = members(0)[0]
+    fakes.reward.failing = failing(first)
+    run = RunOfLoop(tmp_path, fakes)(advantage=GROUPED)
+    prompt = first.split("/")[1]
+    assert not any(f"/{prompt}/" in i for i in fakes.learner.trained[0])
+    new = replaced(run)
+    assert len(new) == 2 and len({i.split("/")[1] for i in new}) == 1
+    assert all(len(ids) == BATCH for ids in fakes.learner.trained.values())
+
+
+def test_groups_that_say_nothing_are_sampled_anew(tmp_path: Path) -> None:
+    """Responses of one token each: every score is 0 or 1, and of two samples many are alike."""
+    fakes = FakeRooms()
+    fakes.generation.max_tokens = 1
+    run = RunOfLoop(tmp_path, fakes)(advantage=GROUPED, dynamic_sampling=True, max_refill=20)
+    for rows in fakes.learner.rows.values():
+        by_prompt: dict[str, set[float]] = {}
+        for prompt, score in zip(rows.prompt_id, rows.score.tolist(), strict=True):
+            by_prompt.setdefault(prompt, set()).add(score)
+        assert all(len(scores) > 1 for scores in by_prompt.values())
+        assert len(rows) == BATCH
+    assert sum(entry.metrics["rollout/filtered"] for entry in run.metrics) > 0
+    again = RunOfLoop(tmp_path / "again", FakeRooms(order=shuffled(5), chunk=1))
+    again.fakes.generation.max_tokens = 1
+    again(advantage=GROUPED, dynamic_sampling=True, max_refill=20)
+    assert again.fakes.learner.trained == fakes.learner.trained  # whatever the order of arrival
+
+
+def test_where_all_groups_say_nothing_the_last_are_trained_on(tmp_path: Path) -> None:
+    fakes = FakeRooms()
+    fakes.reward.score = equal_scores  # type: ignore[method-assign]
+    RunOfLoop(tmp_path, fakes)(advantage=GROUPED, dynamic_sampling=True, max_refill=1)
+    assert all(len(ids) == BATCH and all("+1" in i for i in ids) for ids in fakes.learner.trained.values())
+
+
+async def equal_scores(rollouts: Rollouts) -> Scores:
+    count = len(rollouts)
+    return Scores.of({"sample_id": rollouts.sample_id, "score": [1.0] * count, "failure": [""] * count})
+
+
+def test_parts_of_the_score_are_logged(tmp_path: Path) -> None:
+    fakes = FakeRooms()
+
+    async def in_parts(rollouts: Rollouts) -> Scores:
+        count = len(rollouts)
+        own = {"sample_id": rollouts.sample_id, "score": [3.0] * count, "failure": [""] * count}
+        return Scores.of(own | {"reward/style": [2.0] * count, "reward_s/style": [0.25] * count})
+
+    fakes.reward.score = in_parts  # type: ignore[method-assign]
+    metrics = RunOfLoop(tmp_path, fakes)().metrics[0].metrics
+    assert (metrics["reward/style"], metrics["reward_s/style"]) == (2.0, 0.25)

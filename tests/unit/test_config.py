@@ -116,7 +116,10 @@ def test_an_unknown_stage_is_refused() -> None:
         ("learner.critic.lr=0", r"learner\.critic\.lr=0: it must be above 0"),
         ("generation.temperature=0", r"generation\.temperature=0: it must be above 0"),
         ("seed=-1", r"seed=-1: it must be from 0 to 4294967295"),
-        ("ppo.advantage.kind=a2c", r"ppo\.advantage\.kind=a2c: it must be one of gae, reinforce_plus_plus, grpo, "),
+        (
+            "ppo.advantage.kind=critic",
+            r"ppo\.advantage\.kind=critic: it must be one of gae, reinforce_plus_plus, grpo, ",
+        ),
         ("ppo.loss_mean=sum", r"ppo\.loss_mean=sum: it must be one of token, response, constant"),
         ("ppo.ratio=word", r"ppo\.ratio=word: it must be one of token, response"),
         ("ppo.ema_decay=1", r"ppo\.ema_decay=1\.0: it must be from 0 up to but not 1"),
@@ -196,7 +199,7 @@ def test_stages_without_what_they_need_are_refused(cfg: RunConfig, change: dict[
 
 def test_ppo_alone_runs_on_a_random_reward(cfg: RunConfig) -> None:
     cfg.stages = ["ppo"]
-    cfg.reward.kind = "random"
+    cfg.reward.parts = [config.RewardPart("random")]
     assert validate(cfg) is cfg
 
 
@@ -258,3 +261,43 @@ def test_what_a_critic_or_a_group_is_needed_for_is_refused_without() -> None:
         load(["advantage=grpo", "ppo.samples_per_prompt=1"])
     with pytest.raises(ConfigError, match=r"ppo\.critic_warmup=2, but ppo\.advantage\.kind=rloo has no critic; use 0"):
         load(["advantage=rloo", "ppo.critic_warmup=2"])
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("{kind: judge}", r"reward\.parts\[0\]\.kind=judge: it must be one of model, random, function"),
+        ("{kind: function}", r"reward\.parts\[0\]\.path is empty; a part of kind function needs it"),
+        ("{kind: regex}", r"reward\.parts\[0\]\.pattern is empty; a part of kind regex needs it"),
+        ("{kind: json_schema}", r"reward\.parts\[0\]\.schema is empty"),
+        ("{kind: exact, column: ''}", r"reward\.parts\[0\]\.column is empty"),
+        ("{kind: http, path: 'host:80'}", r"reward\.parts\[0\]\.path=host:80: it must be http://HOST:PORT/PATH"),
+        ("{kind: exact, on_failure: retry}", r"on_failure=retry: it must be one of nothing, drop, neutral, stop"),
+        ("{kind: exact, name: 'a/b'}", r"reward\.parts\[0\]\.name=a/b: only letters, digits"),
+        ("{kind: exact, weight: .nan}", r"reward\.parts\[0\]\.weight=nan: it must be a finite number"),
+        ("{kind: exact, wait: 3}", r"Key 'wait' not in 'RewardPart'"),
+    ],
+)
+def test_a_part_of_the_score_that_cannot_work_is_refused(part: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load([f"reward.parts=[{part}]"])
+
+
+def test_parts_of_the_score_are_mixed_in_one_override() -> None:
+    parts = load(["reward.parts=[{kind: math, weight: 2}, {kind: length, weight: -0.01}]"]).reward.parts
+    assert parts == [config.RewardPart("math", weight=2.0), config.RewardPart("length", weight=-0.01)]
+    with pytest.raises(ConfigError, match=r"reward\.parts is empty"):
+        load(["reward.parts=[]"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("deadline_s", 0), ("batch_size", 0), ("retries", -1), ("breaker_failures", 0)]
+)
+def test_patience_has_its_bounds(key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"reward\.{key}={value}"):
+        load([f"reward.{key}={value}"])
+
+
+def test_dynamic_sampling_needs_groups() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.dynamic_sampling=true, but ppo\.advantage\.kind=gae compares no"):
+        load(["ppo.dynamic_sampling=true"])

@@ -48,7 +48,7 @@ def rollouts() -> Rollouts:
 def test_columns_are_inherited_in_the_order_of_the_stages() -> None:
     assert list(Prompts.COLUMNS) == ["prompt_id", "prompt_ids"]
     assert list(Members.COLUMNS) == ["prompt_id", "prompt_ids", "step", "sample_index", "sample_id", "seed"]
-    assert list(ReferencedRollouts.COLUMNS)[-2:] == ["score", "ref_logprobs"]
+    assert list(ReferencedRollouts.COLUMNS)[-3:] == ["score", "failure", "ref_logprobs"]
     assert Rollouts.schema().field("response_ids").type == pa.list_(pa.int32())
 
 
@@ -146,7 +146,12 @@ def test_extend_makes_the_next_stage(rollouts: Rollouts) -> None:
 
 def test_join_is_by_sample_id_in_the_rollouts_order(rollouts: Rollouts) -> None:
     scores = Scores.of(
-        {"sample_id": ["0/q/0", "0/p/1", "0/p/0"], "score": [2.0, 3.0, 1.0], "politeness": [0.2, 0.3, 0.1]}
+        {
+            "sample_id": ["0/q/0", "0/p/1", "0/p/0"],
+            "score": [2.0, 3.0, 1.0],
+            "failure": [""] * 3,
+            "politeness": [0.2, 0.3, 0.1],
+        }
     )
     scored = join(rollouts, scores, None)
     assert type(scored) is ScoredRollouts
@@ -156,7 +161,7 @@ def test_join_is_by_sample_id_in_the_rollouts_order(rollouts: Rollouts) -> None:
 
 
 def test_join_with_a_reference(rollouts: Rollouts) -> None:
-    scores = Scores.of({"sample_id": rollouts.sample_id, "score": [1.0, 2.0, 3.0]})
+    scores = Scores.of({"sample_id": rollouts.sample_id, "score": [1.0, 2.0, 3.0], "failure": [""] * 3})
     ref = RefLogprobs.of(
         {"sample_id": rollouts.sample_id[::-1], "ref_logprobs": [[-1.0, -2.0], [-3.0], [-4.0, -5.0, -6.0]]}
     )
@@ -166,7 +171,7 @@ def test_join_with_a_reference(rollouts: Rollouts) -> None:
 
 
 def test_join_refuses_a_reference_of_other_tokens(rollouts: Rollouts) -> None:
-    scores = Scores.of({"sample_id": rollouts.sample_id, "score": [1.0, 2.0, 3.0]})
+    scores = Scores.of({"sample_id": rollouts.sample_id, "score": [1.0, 2.0, 3.0], "failure": [""] * 3})
     ref = RefLogprobs.of({"sample_id": rollouts.sample_id, "ref_logprobs": [[-1.0], [-1.0], [-1.0]]})
     with pytest.raises(RecordError, match="one entry for each response token"):
         join(rollouts, scores, ref)
@@ -176,7 +181,7 @@ def test_join_refuses_a_reference_of_other_tokens(rollouts: Rollouts) -> None:
     ("answered", "missing"), [(["0/p/0", "0/q/0"], 1), (["0/p/0", "0/q/0", "0/p/1", "0/x/0"], 0), (["0/p/0"] * 3, 2)]
 )
 def test_join_refuses_answers_about_other_samples(rollouts: Rollouts, answered: list[str], missing: int) -> None:
-    scores = Scores.of({"sample_id": answered, "score": [0.0] * len(answered)})
+    scores = Scores.of({"sample_id": answered, "score": [0.0] * len(answered), "failure": [""] * len(answered)})
     with pytest.raises(RecordError, match=f"asked about 3 samples, answered about {len(answered)}, {missing} missing"):
         join(rollouts, scores, None)
 

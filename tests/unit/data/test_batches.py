@@ -78,3 +78,17 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(batch_size: in
 def test_no_prompts_make_no_batches() -> None:
     with pytest.raises(DataError, match="no prompts"):
         PromptOrder(Prompts.empty(), 0)
+
+
+def test_a_refill_is_a_pure_function_with_ids_and_seeds_of_its_own() -> None:
+    order = PromptOrder(prompts(6), seed=0)
+    refill = order.refill(3, 0, count=2, samples_per_prompt=2)
+    assert refill.table.equals(PromptOrder(prompts(6), seed=0).refill(3, 0, 2, 2).table)
+    assert len(set(refill.prompt_id)) == 2 and refill.step.tolist() == [3] * 4
+    assert all(i.startswith("3+1/") for i in refill.sample_id)
+    again, batch = order.refill(3, 1, 2, 2), order.members(3, 12, 2)
+    for ids in (lambda rows: rows.sample_id, lambda rows: rows.seed.tolist()):
+        assert len({*ids(refill), *ids(again), *ids(batch)}) == 4 + 4 + 12
+    assert (
+        order.refill(4, 0, 2, 2).prompt_id != refill.prompt_id or order.refill(5, 0, 2, 2).prompt_id != refill.prompt_id
+    )

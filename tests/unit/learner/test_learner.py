@@ -32,7 +32,7 @@ from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts
-from rlhf_cluster.scoring.worker import RewardWorker
+from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs
 
 EOS, COUNT = 258, 8
 LONGEST = 13  # response tokens
@@ -65,6 +65,7 @@ def rows(step: int = 0) -> ReferencedRollouts:
             "temperature": [0.7] * COUNT,
             "incarnation": ["test"] * COUNT,
             "score": rng.normal(size=COUNT).tolist(),
+            "failure": [""] * COUNT,
             "ref_logprobs": noise,
         }
     )
@@ -326,7 +327,7 @@ def test_published_weights_are_the_policys(start: Start, tmp_path: Path) -> None
 def test_values_start_as_the_reward_models_scores(tiny: Path, reward_model: Path, one_rank: Ranks) -> None:
     """The value before one more token is the reward model's score of what stands there, EOS included."""
     batch = rows()
-    scores = RewardWorker(RewardConfig(), str(reward_model), "float32", "eager", 0).score(batch).score
+    scores = RewardWorker(RewardConfig(), ScorerInputs(str(reward_model), "", "float32", "eager", 0)).score(batch).score
     models = ActorCritic(tiny, reward_model, LearnerConfig(), MODEL, 0, one_rank)
     longer = [np.append(response, 0).astype(np.int32) for response in batch.response_ids]
     values = models.evaluate(batch.prompt_ids, longer, 1.0).values
@@ -447,3 +448,16 @@ def test_the_version_after_the_last_is_the_average(start: Start, tmp_path: Path)
     assert all(torch.equal(tensor, average[f"model.{name}"]) for name, tensor in published.items())
     with pytest.raises(LearnerError, match="the policy is version 1, it cannot be published as 3"):
         worker.publish(3, str(tmp_path))
+
+
+def test_a_minibatch_of_which_all_failed_is_passed_over(start: Start) -> None:
+    """The batch runs short; the rest is trained on as if it had never been more."""
+    worker = start(minibatch_size=4)
+    give(worker, rows())
+    plan = worker._open[0].plan.minibatches
+    worker.replace(0, plan[0], [])
+    found = worker.update(0, CONTROLS).metrics
+    assert found["critic/score/mean"] == pytest.approx(
+        np.mean([score for i, score in zip(rows().sample_id, rows().score, strict=True) if i in plan[1]])
+    )
+    assert np.isfinite(list(found.values())).all() and found["actor/grad_norm"] > 0

@@ -55,3 +55,17 @@ def test_epochs_go_through_all_minibatches_in_seeded_orders() -> None:
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
     assert orders == plan.orders(3, seed=5) != plan.orders(3, seed=6)
+
+
+def test_members_take_the_places_of_others_in_order_and_the_rest_falls_out() -> None:
+    plan = plan_batch(IDS, 6, 2, 0)
+    first, second, third = plan.minibatches[0][0], plan.minibatches[0][3], plan.minibatches[1][2]
+    found = plan.replaced([first, third, second], ["new-1", "new-2"])
+    assert [len(minibatch) for minibatch in found.minibatches][:2] == [5, 6]
+    assert len(found.minibatches) == len(plan.minibatches)
+    assert found.minibatches[0][0] == "new-1" and found.minibatches[1][2] == "new-2"
+    assert found.owners["new-1"] == plan.owners[first] and found.owners["new-2"] == plan.owners[third]
+    assert not {first, second, third} & found.owners.keys()
+    untouched = [i for i in IDS if i not in (first, second, third)]
+    assert all(found.owners[i] == plan.owners[i] for i in untouched)
+    assert found.replaced([first, third, second], ["new-1", "new-2"]) == found  # repeated

@@ -31,6 +31,7 @@ def rollouts(step: int) -> ReferencedRollouts:
             "temperature": [1.0, 1.0],
             "incarnation": ["w0", "w1"],
             "score": [0.5, -0.5],
+            "failure": ["", ""],
             "ref_logprobs": [[-0.5, -0.5, -0.5], []],
             "answer": ["yes", "no"],
         }

@@ -1,0 +1,87 @@
+"""A Python function as a reward, in a process of its own: one that hangs or dies is replaced, and costs its samples."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rlhf_cluster.scoring.function_process import READY, SCORES, FunctionSpec
+from rlhf_cluster.scoring.samples import Answer, CallFailed, Sample
+
+START_S = 120.0  # to import what the function's module imports
+
+
+class FunctionLoadError(ValueError):
+    """A function that cannot be loaded, in its own words."""
+
+
+class FunctionCall:
+    """Calls the function with a deadline. The process starts with the first call, or with `start`."""
+
+    def __init__(self, spec: FunctionSpec) -> None:
+        self._spec = spec
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Connection | None = None
+        self._finalizer: Callable[[], object] = lambda: None
+
+    def start(self) -> None:
+        """Raises FunctionLoadError."""
+        self.close()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "rlhf_cluster.scoring.function_process"]
+            self._process = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._channel = Connection(ours.detach())
+        self._finalizer = weakref.finalize(self, _end, self._process, self._channel)
+        try:
+            what, value = self._ask(self._spec, START_S)
+        except CallFailed as error:
+            raise FunctionLoadError(str(error)) from error
+        if what != READY:
+            self.close()
+            raise FunctionLoadError(value)
+
+    def __call__(self, samples: Sequence[Sample], deadline_s: float) -> Sequence[Answer]:
+        if self._process is None:
+            try:
+                self.start()
+            except FunctionLoadError as error:
+                raise CallFailed(str(error)) from error
+        what, value = self._ask(list(samples), deadline_s)
+        if what != SCORES:
+            raise CallFailed(value)
+        return value  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._finalizer()
+        self._process = self._channel = None
+
+    def _ask(self, message: Any, deadline_s: float) -> tuple[str, Any]:
+        """The answer to a message; without one in time the process is ended."""
+        assert self._process is not None and self._channel is not None
+        try:
+            self._channel.send(message)
+            if self._channel.poll(deadline_s):
+                return self._channel.recv()  # type: ignore[no-any-return]
+            failure = f"it gave no answer within {deadline_s:g} s"
+        except (OSError, EOFError):
+            failure = f"its process ended with code {self._process.wait(5.0)}"
+        self.close()
+        raise CallFailed(failure)
+
+
+def _end(process: subprocess.Popen[bytes], channel: Connection) -> None:
+    channel.close()
+    process.kill()
+    process.wait()

@@ -1,0 +1,126 @@
+"""What is done about a reward that may hang, fail or talk nonsense: deadlines, retries with backoff, a circuit breaker.
+
+It costs the samples that it fails, and never more: where a call for many fails, each of them is asked alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
+
+from rlhf_cluster.scoring.samples import Answer, Call, CallFailed, Sample, Verdicts
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long, how often and how much at once."""
+
+    deadline_s: float  # for each sample of a call
+    retries: int  # of a sample that was asked alone
+    backoff_s: float  # before the first retry; doubles with each
+    breaker_failures: int  # samples in a row that failed, after which nothing is asked for a while
+    breaker_s: float  # that while
+    batch_size: int  # samples of a call
+    concurrency: int  # calls at once
+
+
+@dataclass
+class Breaker:
+    """Opens after so many failures in a row; closes by itself after a while, and one more failure opens it again."""
+
+    failures: int
+    seconds: float
+    clock: Callable[[], float]
+    _in_a_row: int = 0
+    _open_until: float = -math.inf
+    _last: str = ""
+    _lock: Lock = field(default_factory=Lock)
+
+    def tell(self, failure: str) -> None:
+        """After each sample; an empty failure is a success."""
+        with self._lock:
+            self._in_a_row = self._in_a_row + 1 if failure else 0
+            if self._in_a_row >= self.failures:
+                self._open_until, self._last = self.clock() + self.seconds, failure
+
+    def refusal(self) -> str:
+        """Why nothing may be asked now; empty where it may."""
+        with self._lock:
+            if self.clock() >= self._open_until:
+                return ""
+            return f"not asked: {self._in_a_row} samples in a row failed, the last: {self._last}"
+
+
+class Patient:
+    """Asks `call` about samples, a batch at a time, and answers for every one of them."""
+
+    def __init__(
+        self,
+        call: Call,
+        patience: Patience,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._call, self._patience, self._clock, self._sleep = call, patience, clock, sleep
+        self._breaker = Breaker(patience.breaker_failures, patience.breaker_s, clock)
+        self._threads = ThreadPoolExecutor(patience.concurrency, "reward")
+
+    def __call__(self, samples: Sequence[Sample]) -> Verdicts:
+        size = self._patience.batch_size
+        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        # One call at a time stays in this thread: a child process that it starts belongs to it.
+        run = self._threads.map if self._patience.concurrency > 1 else map
+        parts = list(run(self._batch, batches))
+        return Verdicts(
+            [score for part in parts for score in part.scores],
+            [failure for part in parts for failure in part.failures],
+            [seconds for part in parts for seconds in part.seconds],
+        )
+
+    def _batch(self, samples: Sequence[Sample]) -> Verdicts:
+        if refusal := self._breaker.refusal():
+            return Verdicts([0.0] * len(samples), [refusal] * len(samples), [0.0] * len(samples))
+        began = self._clock()
+        try:
+            answers = _checked(self._call(samples, self._patience.deadline_s * len(samples)), len(samples))
+        except CallFailed:
+            answers = [math.nan] * len(samples)
+        each = (self._clock() - began) / len(samples)
+        return _verdicts([self._settled(s, a, each) for s, a in zip(samples, answers, strict=True)])
+
+    def _settled(self, sample: Sample, answer: float, seconds: float) -> tuple[float, str, float]:
+        """(score, failure, seconds) of one sample, which is asked alone where its batch gave nothing usable."""
+        began, failure = self._clock(), ""
+        for attempt in range(self._patience.retries + 1):
+            if math.isfinite(answer):
+                break
+            if failure := self._breaker.refusal():
+                return 0.0, failure, seconds
+            if attempt:
+                self._sleep(self._patience.backoff_s * 2 ** (attempt - 1))
+            answer, failure = self._alone(sample)
+        self._breaker.tell(failure)
+        return (0.0 if failure else answer), failure, seconds + self._clock() - began
+
+    def _alone(self, sample: Sample) -> tuple[float, str]:
+        try:
+            (answer,) = _checked(self._call([sample], self._patience.deadline_s), 1)
+        except CallFailed as error:
+            return math.nan, str(error)
+        return answer, "" if math.isfinite(answer) else f"it gave {answer}"
+
+
+def _checked(answers: Sequence[Answer], count: int) -> list[float]:
+    """As many numbers as were asked for, finite or not; 0 where there was nothing to say."""
+    if len(answers) != count:
+        raise CallFailed(f"it gave {len(answers)} scores for {count} samples")
+    return [0.0 if answer is None else float(answer) for answer in answers]
+
+
+def _verdicts(settled: Sequence[tuple[float, str, float]]) -> Verdicts:
+    scores, failures, seconds = zip(*settled, strict=True)
+    return Verdicts(scores, failures, seconds)
