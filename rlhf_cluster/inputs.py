@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.config import ConfigError, RewardPart, RunConfig, part_names
+from rlhf_cluster.config import ConfigError, RunConfig, part_names
 from rlhf_cluster.data.rows import Place
 from rlhf_cluster.data.sources import load_corpus
 from rlhf_cluster.data.split import Corpus
@@ -57,6 +57,8 @@ def load_inputs(cfg: RunConfig) -> Inputs:
     _require_data(cfg, inputs)
     if "ppo" in cfg.stages:
         _require_rewards(cfg, inputs)
+    if "rm" in cfg.stages and cfg.rm.ranking.labeler == "exact":
+        _require_answers("rm.ranking.labeler=exact", cfg.data.answer_column, inputs)
     return inputs
 
 
@@ -120,9 +122,11 @@ def _require_models(cfg: RunConfig, base_path: Path) -> None:
 
 def _require_rewards(cfg: RunConfig, inputs: Inputs) -> None:
     """Functions load, prompts have the answers that are asked for, and the token is there."""
+    if cfg.evaluation.gold == "exact":
+        _require_answers("evaluation.gold=exact", cfg.data.answer_column, inputs)
     for name, part in part_names(cfg.reward).items():
         if part.kind in ("math", "exact"):
-            _require_answers(name, part, inputs)
+            _require_answers(f"the reward {name}", part.column, inputs)
         if part.kind in ("function", "math", "exact", "regex", "json_schema"):
             function = FunctionCall(function_spec(part))
             try:
@@ -136,19 +140,17 @@ def _require_rewards(cfg: RunConfig, inputs: Inputs) -> None:
         raise ConfigError(f"reward.token_env={cfg.reward.token_env}, but there is no such environment variable; set it")
 
 
-def _require_answers(name: str, part: RewardPart, inputs: Inputs) -> None:
+def _require_answers(who: str, column: str, inputs: Inputs) -> None:
     for prompts in (inputs.prompts, inputs.heldout_prompts):
         table = prompts.table
-        if part.column not in table.column_names:
-            own = [column for column in table.column_names if column not in Prompts.COLUMNS]
+        if column not in table.column_names:
+            own = [name for name in table.column_names if name not in Prompts.COLUMNS]
             raise ConfigError(
-                f"the reward {name} reads the prompts' column {part.column!r}, which they lack; their own columns are "
+                f"{who} reads the prompts' column {column!r}, which they lack; their own columns are "
                 f"{', '.join(own) or 'none'}"
             )
-        if missing := table.column(part.column).null_count:
-            raise ConfigError(
-                f"{missing} of {len(prompts)} prompts have no {part.column!r}, which the reward {name} needs"
-            )
+        if missing := table.column(column).null_count:
+            raise ConfigError(f"{missing} of {len(prompts)} prompts have no {column!r}, which {who} needs")
 
 
 def _require_data(cfg: RunConfig, inputs: Inputs) -> None:

@@ -27,8 +27,8 @@ from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, sample_heldout, samples
 from rlhf_cluster.inputs import Inputs, load_inputs
 from rlhf_cluster.interrupts import run_async
-from rlhf_cluster.ranking import RankingError, rank_samples, split_comparisons
-from rlhf_cluster.records import Comparisons, ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.ranking import Judge, RankingError, rank_samples, split_comparisons
+from rlhf_cluster.records import Comparisons, ReferencedRollouts, Rollouts, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.durable import StorageError, replace_text
 from rlhf_cluster.storage.rollout_log import RolloutLog
@@ -253,8 +253,8 @@ async def _rank(run: Run) -> Comparisons:
     count, responses = min(cfg.rm.ranking.prompts, len(prompts)), cfg.rm.ranking.responses
     members = order.members(0, count * responses, responses)
     async with open_generation(cfg, run.attempt, run.start_policy) as generation:
-        labeler = make_labeler(cfg.rm.ranking.labeler)
-        return await rank_samples(generation, members, labeler, cfg.rm.ranking.tie_margin, run.inputs.text)
+        judge = _judge(run, cfg.rm.ranking.labeler)
+        return await rank_samples(generation, members, judge, cfg.rm.ranking.tie_margin)
 
 
 def run_ppo(run: Run) -> None:
@@ -338,8 +338,8 @@ async def _heldout(run: Run, opened: OpenRooms, when: str) -> HeldOut:
     cfg = run.cfg.evaluation
     run.progress.note(f"held-out prompts, {when}: {len(run.inputs.heldout_prompts)} x {cfg.samples_per_prompt} samples")
     members = heldout_members(run.inputs.heldout_prompts, HELDOUT_STEP, cfg.samples_per_prompt, run.cfg.seed)
-    gold = make_labeler(cfg.gold).score if cfg.gold else None
-    return await sample_heldout(opened.rooms, members, cfg.samples_per_prompt, gold, run.inputs.text)
+    gold = _judge(run, cfg.gold) if cfg.gold else None
+    return await sample_heldout(opened.rooms, members, cfg.samples_per_prompt, gold)
 
 
 def _compare(run: Run, before: HeldOut, after: HeldOut) -> None:
@@ -355,8 +355,20 @@ def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
     """The labeler's mean score of a batch, where there is a labeler: watched, never learnt from."""
     if not run.cfg.evaluation.gold:
         return lambda batch: {}
-    gold = make_labeler(run.cfg.evaluation.gold)
-    return lambda batch: {"objective/gold": float(np.mean(gold.score([*map(run.inputs.text, batch.response_ids)])))}
+    gold = _judge(run, run.cfg.evaluation.gold)
+    return lambda batch: {"objective/gold": float(np.mean(gold(batch)))}
+
+
+def _judge(run: Run, name: str) -> Judge:
+    """A labeler who reads rollouts."""
+    labeler, column = make_labeler(name), run.cfg.data.answer_column
+
+    def judge(rollouts: Rollouts) -> list[float]:
+        has_answers = column in rollouts.table.column_names
+        answers = rollouts.table.column(column).to_pylist() if has_answers else [None] * len(rollouts)
+        return labeler.score([*map(run.inputs.text, rollouts.response_ids)], answers)
+
+    return judge
 
 
 def _show(run: Run, step: int, batch: Batch) -> None:

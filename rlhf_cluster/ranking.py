@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf_cluster.data.labelers import Labeler, rank
+from rlhf_cluster.data.labelers import rank
 from rlhf_cluster.records import Comparisons, Members, Rollouts
 from rlhf_cluster.rooms import Generation
 
@@ -17,12 +17,13 @@ class RankingError(RuntimeError):
     """A labeler that tells nothing apart."""
 
 
-async def rank_samples(
-    generation: Generation, members: Members, labeler: Labeler, tie_margin: float, text: Callable[[Any], str]
-) -> Comparisons:
+Judge = Callable[[Rollouts], Sequence[float]]  # one score per rollout
+
+
+async def rank_samples(generation: Generation, members: Members, judge: Judge, tie_margin: float) -> Comparisons:
     """Samples every member and ranks the responses of each prompt; prompts whose responses all tie are left out."""
     rollouts = Rollouts.concat([part async for part in generation.sample(members)]).sort_by("sample_id")
-    scores = np.array(labeler.score([text(ids) for ids in rollouts.response_ids]))
+    scores = np.array(judge(rollouts))
     prompt_ids, responses = rollouts.prompt_ids, rollouts.response_ids
     by_prompt: dict[str, list[int]] = {}
     for row, prompt_id in enumerate(rollouts.prompt_id):

@@ -54,6 +54,7 @@ class DataConfig:
     demonstrations: str = ""  # for files: demonstrations for SFT
     comparisons: str = ""  # for files: rankings for the reward model
     pretraining: str = ""  # with any source: text for ppo.ptx, rows with `text` or plain .txt
+    answer_column: str = "answer"  # the prompts' column with the right answer, for the labeler exact
     heldout_prompts: int = 64  # prompts kept away from training, for the comparison before/after
     heldout_fraction: float = 0.2  # share of comparisons kept away from reward-model training
     max_prompt_tokens: int = 256  # a longer prompt is refused (files) or dropped and counted (hh, oasst)
@@ -101,7 +102,8 @@ class SFTConfig:
 class RankingConfig:
     """Comparisons that a labeler makes from the policy's own samples, where no human rankings are given."""
 
-    labeler: str = ""  # empty: comparisons come from data; vader: the sentiment lexicon; letters: for tests
+    labeler: str = ""  # empty: comparisons come from data; vader: the sentiment lexicon; exact: who knows the answer
+    # (data.answer_column); letters: for tests
     prompts: int = 128  # prompts whose samples are ranked
     responses: int = 4  # K, responses ranked per prompt
     tie_margin: float = 0.05  # labeler scores closer than this are a tie
@@ -303,7 +305,7 @@ class LoggingConfig:
 class EvaluationConfig:
     """The comparison before/after on held-out prompts."""
 
-    gold: str = ""  # empty: the reward's own score; vader, letters: the labeler, which PPO never sees
+    gold: str = ""  # empty: the reward's own score; vader, exact, letters: a labeler, whom PPO never sees
     samples_per_prompt: int = 4
 
 

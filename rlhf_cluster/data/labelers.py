@@ -1,15 +1,15 @@
 """Who ranks responses where no human rankings are given, and how scores become ranks with ties.
 
-A labeler sees text and nothing else. `vader` is a stated stand-in for a human labeler: the sentiment lexicon of Hutto
-and Gilbert (2014, ICWSM), package vaderSentiment. It knows words, not meaning; what is trained on it learns to sound
-positive, and no claim beyond that is made.
+A labeler sees text and, for `exact`, the prompt's right answer; nothing else. `vader` is a stated stand-in for a human
+labeler: the sentiment lexicon of Hutto and Gilbert (2014, ICWSM), package vaderSentiment. It knows words, not meaning;
+what is trained on it learns to sound positive, and no claim beyond that is made.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class LabelerError(ValueError):
@@ -17,9 +17,9 @@ class LabelerError(ValueError):
 
 
 class Labeler(Protocol):
-    """Gives one score per text, the higher the better."""
+    """Gives one score per text, the higher the better. `answers`: the prompts' right ones, None where there is none."""
 
-    def score(self, texts: Sequence[str]) -> list[float]: ...
+    def score(self, texts: Sequence[str], answers: Sequence[Any]) -> list[float]: ...
 
 
 class VaderLabeler:
@@ -31,7 +31,7 @@ class VaderLabeler:
 
         self._analyzer = SentimentIntensityAnalyzer()
 
-    def score(self, texts: Sequence[str]) -> list[float]:
+    def score(self, texts: Sequence[str], answers: Sequence[Any]) -> list[float]:
         return [float(self._analyzer.polarity_scores(text)["compound"]) for text in texts]
 
 
@@ -39,11 +39,22 @@ class LettersLabeler:
     """The share of a text's characters that are letters, in [0, 1]: for the tiny model, whose responses hold no
     words."""
 
-    def score(self, texts: Sequence[str]) -> list[float]:
+    def score(self, texts: Sequence[str], answers: Sequence[Any]) -> list[float]:
         return [sum(character.isalpha() for character in text) / max(len(text), 1) for text in texts]
 
 
-LABELERS: dict[str, Callable[[], Labeler]] = {"vader": VaderLabeler, "letters": LettersLabeler}
+class ExactLabeler:
+    """1 where the text is the right answer, but for white space around it, else 0: a labeler who knows."""
+
+    def score(self, texts: Sequence[str], answers: Sequence[Any]) -> list[float]:
+        return [float(text.strip() == str(answer).strip()) for text, answer in zip(texts, answers, strict=True)]
+
+
+LABELERS: dict[str, Callable[[], Labeler]] = {
+    "vader": VaderLabeler,
+    "letters": LettersLabeler,
+    "exact": ExactLabeler,
+}
 
 
 def make_labeler(name: str) -> Labeler:

@@ -14,7 +14,7 @@ from rlhf_cluster.records import Members, ReferencedRollouts, Rollouts, ScoredRo
 from rlhf_cluster.rooms import Rooms
 from rlhf_cluster.telemetry.comparison import Comparison, Sample, compare
 
-Gold = Callable[[Sequence[str]], Sequence[float]]
+Gold = Callable[[Rollouts], Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +38,7 @@ class HeldOut:
         return np.array([float((own - ref).sum()) for own, ref in pairs]).reshape(-1, self.samples_per_prompt)
 
 
-async def sample_heldout(
-    rooms: Rooms, members: Members, samples_per_prompt: int, gold: Gold | None, text: Callable[[Any], str]
-) -> HeldOut:
+async def sample_heldout(rooms: Rooms, members: Members, samples_per_prompt: int, gold: Gold | None) -> HeldOut:
     """Samples every member from the policy that generation serves now. Without `gold`, the reward's score is the
     gold."""
     scoring: list[asyncio.Task[ScoredRollouts]] = []
@@ -50,7 +48,7 @@ async def sample_heldout(
     arrived = ScoredRollouts.concat([task.result() for task in scoring])
     place = {sample_id: row for row, sample_id in enumerate(arrived.sample_id)}
     scored = arrived.take([place[sample_id] for sample_id in members.sample_id])
-    scores = scored.score.tolist() if gold is None else list(gold([text(ids) for ids in scored.response_ids]))
+    scores = scored.score.tolist() if gold is None else list(gold(scored))
     return HeldOut(scored, np.array(scores, float).reshape(-1, samples_per_prompt), samples_per_prompt)
 
 

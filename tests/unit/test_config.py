@@ -184,7 +184,7 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
         ),
         ({"ppo": config.PPOConfig(dual_clip=0.5)}, r"ppo\.dual_clip=0\.5: it must be above 1, or 0"),
         ({"cluster": config.ClusterConfig("foo")}, r"cluster\.address=foo: it must be local, auto or HOST:PORT"),
-        ({"evaluation": config.EvaluationConfig("foo")}, "gold=foo: it must be one of nothing, vader, letters"),
+        ({"evaluation": config.EvaluationConfig("foo")}, "gold=foo: it must be one of nothing, vader, exact, letters"),
         ({"name": "x" * 101}, r"name=xxxxx.*: 101 letters; at most 100"),
         ({"name": ".."}, r"name=\.\.: only letters, digits, \., _ and -, and no \. at the beginning"),
         ({"resume": "maybe"}, "resume=maybe: it must be one of auto, never"),
@@ -274,7 +274,7 @@ def test_what_a_critic_or_a_group_is_needed_for_is_refused_without() -> None:
         ("{kind: http, path: 'host:80'}", r"reward\.parts\[0\]\.path=host:80: it must be http://HOST:PORT/PATH"),
         ("{kind: exact, on_failure: retry}", r"on_failure=retry: it must be one of nothing, drop, neutral, stop"),
         ("{kind: exact, name: 'a/b'}", r"reward\.parts\[0\]\.name=a/b: only letters, digits"),
-        ("{kind: exact, weight: .nan}", r"reward\.parts\[0\]\.weight=nan: it must be a finite number"),
+        ("{kind: exact, weight: nan}", r"reward\.parts\[0\]\.weight=nan: it must be a finite number"),
         ("{kind: exact, wait: 3}", r"Key 'wait' not in 'RewardPart'"),
     ],
 )

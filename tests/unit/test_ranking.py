@@ -11,7 +11,7 @@ import pytest
 from rlhf_cluster.ranking import rank_samples, split_comparisons
 from rlhf_cluster.records import Comparisons, Members, Rollouts
 
-# prompt -> its samples; the labeler likes the number that the text is
+# prompt -> its samples; the judge likes the number that the token is
 SAMPLES = {"a": [3, 9, 3], "b": [5, 5, 5], "c": [1, 2, 4]}
 
 
@@ -41,9 +41,8 @@ class Canned:
         raise AssertionError("rankings are of one policy")
 
 
-class Numbers:
-    def score(self, texts: Sequence[str]) -> list[float]:
-        return [float(text) for text in texts]
+def numbers(rollouts: Rollouts) -> list[float]:
+    return [float(ids[0]) for ids in rollouts.response_ids]
 
 
 def members() -> Members:
@@ -61,8 +60,7 @@ def members() -> Members:
 
 
 def ranked(order: Sequence[int], margin: float) -> Comparisons:
-    text = lambda ids: " ".join(map(str, ids))  # noqa: E731
-    return asyncio.run(rank_samples(Canned(order), members(), Numbers(), margin, text))
+    return asyncio.run(rank_samples(Canned(order), members(), numbers, margin))
 
 
 def test_rankings_by_hand() -> None:

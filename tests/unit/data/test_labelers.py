@@ -62,7 +62,7 @@ def test_a_margin_that_makes_no_sense_is_refused(margin: float) -> None:
 
 def test_vader_scores_lie_on_their_scale() -> None:
     good, bad, plain = make_labeler("vader").score(
-        ["I love it, it is great!", "I hate it, it is awful.", "It is a box."]
+        ["I love it, it is great!", "I hate it, it is awful.", "It is a box."], []
     )
     assert -1 <= bad < -0.5
     assert plain == 0.0
@@ -71,9 +71,13 @@ def test_vader_scores_lie_on_their_scale() -> None:
 
 def test_vader_by_hand() -> None:
     """The lexicon has 'good' at 1.9: 1.9 / sqrt(1.9^2 + 15)."""
-    assert make_labeler("vader").score(["good"])[0] == pytest.approx(1.9 / math.sqrt(1.9**2 + 15), abs=1e-4)
+    assert make_labeler("vader").score(["good"], [])[0] == pytest.approx(1.9 / math.sqrt(1.9**2 + 15), abs=1e-4)
 
 
 def test_an_unknown_labeler_is_refused_with_those_that_exist() -> None:
     with pytest.raises(LabelerError, match="no labeler 'human'; allowed: vader"):
         make_labeler("human")
+
+
+def test_who_knows_the_answer_minds_no_white_space_around() -> None:
+    assert make_labeler("exact").score(["4", " 4\n", "5", "4 4"], ["4", 4, "4", "4"]) == [1.0, 1.0, 0.0, 0.0]

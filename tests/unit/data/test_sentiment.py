@@ -26,7 +26,7 @@ def test_every_prompt_is_one_short_user_turn_that_names_its_subject() -> None:
 
 def test_subjects_carry_no_sentiment() -> None:
     names = [name for names in sentiment.SUBJECTS.values() for name in names]
-    assert make_labeler("vader").score(names) == [0.0] * len(names)
+    assert make_labeler("vader").score(names, []) == [0.0] * len(names)
 
 
 def test_answers_are_distinct_sentences_of_10_to_25_words() -> None:
@@ -42,7 +42,7 @@ def test_answers_are_distinct_sentences_of_10_to_25_words() -> None:
 
 
 def test_a_third_of_the_answers_is_positive_neutral_negative_and_the_mean_is_near_zero() -> None:
-    scores = make_labeler("vader").score([row.response for row in sentiment.demonstrations()])
+    scores = make_labeler("vader").score([row.response for row in sentiment.demonstrations()], [])
     third = len(scores) // 3
     assert all(score > 0.5 for score in scores[0::3])
     assert all(score == 0.0 for score in scores[1::3])
