@@ -57,7 +57,7 @@ def load_inputs(cfg: RunConfig) -> Inputs:
     _require_data(cfg, inputs)
     if "ppo" in cfg.stages:
         _require_rewards(cfg, inputs)
-    if "rm" in cfg.stages and cfg.rm.ranking.labeler == "exact":
+    if {"rm", "dpo"} & set(cfg.stages) and cfg.rm.ranking.labeler == "exact":
         _require_answers("rm.ranking.labeler=exact", cfg.data.answer_column, inputs)
     return inputs
 
@@ -163,6 +163,10 @@ def _require_data(cfg: RunConfig, inputs: Inputs) -> None:
             "prompts (data.prompts)" if ranked else "comparisons (data.comparisons)",
         ),
         "ppo": (len(inputs.prompts), "prompts (data.prompts)"),
+        "dpo": (
+            len(inputs.prompts if ranked else inputs.comparisons),
+            "prompts (data.prompts)" if ranked else "comparisons (data.comparisons)",
+        ),
     }
     for stage in cfg.stages:
         count, what = needs[stage]

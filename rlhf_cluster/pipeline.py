@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from rlhf_cluster import ppo, rm, sft
+from rlhf_cluster import dpo, ppo, rm, sft
 from rlhf_cluster.algo.admission import Batch
 from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, open_generation, open_rooms
 from rlhf_cluster.cluster.session import ray_session
@@ -67,9 +67,15 @@ class Run:
 
     @property
     def start_policy(self) -> Path:
-        """The policy that the reward model and PPO start from: SFT's, or the one that the config names."""
+        """The policy that the reward model and DPO start from: SFT's, or the one that the config names."""
         trained = self.output(sft.STAGE)
         return trained / "policy" if trained else self.inputs.base_path
+
+    @property
+    def ppo_policy(self) -> Path:
+        """The policy that PPO starts from: DPO's where there is that stage."""
+        trained = self.output(dpo.STAGE)
+        return trained / "policy" if trained else self.start_policy
 
 
 def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
@@ -142,6 +148,7 @@ def roles_at_once(cfg: RunConfig) -> dict[str, dict[str, Resources]]:
     together = {
         sft.STAGE: {"sft": cfg.sft.resources},
         rm.STAGE: {"rm": cfg.rm.resources},
+        dpo.STAGE: {"dpo": cfg.dpo.resources},
         ppo.STAGE: {
             "generation": cfg.generation.resources,
             "reward": cfg.reward.resources,
@@ -150,7 +157,7 @@ def roles_at_once(cfg: RunConfig) -> dict[str, dict[str, Resources]]:
         },
     }
     of_run = {stage: roles for stage, roles in together.items() if stage in cfg.stages}
-    if rm.STAGE in cfg.stages and cfg.rm.ranking.labeler:
+    if {rm.STAGE, dpo.STAGE} & set(cfg.stages) and cfg.rm.ranking.labeler:
         of_run["ranking"] = {"generation": cfg.generation.resources}
     return of_run
 
@@ -179,7 +186,9 @@ def run_sft(run: Run) -> None:
         _on_ranks(run, sft.STAGE, sft.train, job, run.cfg.sft.resources)
 
 
-def _on_ranks(run: Run, stage: str, train: Callable, job: sft.SFTJob | rm.RMJob, resources: Resources) -> None:  # type: ignore[type-arg]
+def _on_ranks(
+    run: Run, stage: str, train: Callable, job: sft.SFTJob | rm.RMJob | dpo.DPOJob, resources: Resources
+) -> None:  # type: ignore[type-arg]
     with run.progress.stage(stage, job.steps()):
         train_on_ranks(
             stage,
@@ -216,6 +225,20 @@ def run_rm(run: Run) -> None:
         run.metrics.log(rm.STAGE, job.steps(), evaluation.metrics())
         write_calibration(run.directory.path, calibration(evaluation.margins))
     run.progress.note(f"reward model: {evaluation}")
+
+
+def run_dpo(run: Run) -> None:
+    """Instead of stage 2 and 3, or before the third: `stages/dpo/policy`."""
+    if run.output(dpo.STAGE):
+        run.progress.note("dpo: finished before, its output is used")
+        return
+    comparisons, heldout = _rankings(run)
+    run.metrics.cut(dpo.STAGE, 0)
+    with run.directory.commit_stage(dpo.STAGE) as output:
+        job = dpo.DPOJob(
+            run.cfg.dpo, run.cfg.model, run.cfg.seed, run.start_policy, comparisons, heldout, output / "policy"
+        )
+        _on_ranks(run, dpo.STAGE, dpo.train, job, run.cfg.dpo.resources)
 
 
 def _rankings(run: Run) -> tuple[Comparisons, Comparisons]:
@@ -269,9 +292,9 @@ async def _run_ppo(run: Run) -> None:
     cfg, checkpoints = run.cfg, Checkpoints(run.directory.checkpoints, run.cfg.ppo.keep_checkpoints)
     trained = run.output(rm.STAGE)
     reward_model = Path(cfg.reward.path) if cfg.reward.path else trained / "reward_model" if trained else None
-    reference = Path(cfg.reference.path) if cfg.reference.path else run.start_policy
+    reference = Path(cfg.reference.path) if cfg.reference.path else run.ppo_policy
     run.progress.note("ppo: starting generation, reward, reference and learner workers")
-    inputs = PPOInputs(run.start_policy, reference, reward_model, run.inputs.pretraining)
+    inputs = PPOInputs(run.ppo_policy, reference, reward_model, run.inputs.pretraining)
     async with open_rooms(cfg, run.attempt, inputs) as opened:
         start = await _resume(run, opened, checkpoints)
         before = await _before(run, opened)
@@ -381,4 +404,9 @@ def _show(run: Run, step: int, batch: Batch) -> None:
         run.progress.sample(prompt, response, float(rows.score[0]))
 
 
-STAGES: dict[str, Callable[[Run], None]] = {sft.STAGE: run_sft, rm.STAGE: run_rm, ppo.STAGE: run_ppo}
+STAGES: dict[str, Callable[[Run], None]] = {
+    sft.STAGE: run_sft,
+    rm.STAGE: run_rm,
+    dpo.STAGE: run_dpo,
+    ppo.STAGE: run_ppo,
+}

@@ -10,13 +10,15 @@ from rlhf_cluster.storage.run_directory import RunLayout
 
 
 def result_policy(run_dir: Path) -> Path:
-    """The newest policy of a run: PPO's last checkpoint (its average where the config says so), else what SFT made.
+    """The newest policy of a run: PPO's last checkpoint (its average where the config says so), else what
+    DPO or SFT made.
     Raises ConfigError where there is none."""
     layout = _layout(run_dir)
     if checkpoint := Checkpoints(layout.checkpoints).latest():
         return checkpoint.path / result_config(run_dir).ppo.result
-    if trained := layout.stage_output("sft"):
-        return trained / "policy"
+    for stage in ("dpo", "sft"):
+        if trained := layout.stage_output(stage):
+            return trained / "policy"
     raise ConfigError(f"{run_dir} holds no finished policy yet; let the run go on until SFT is done")
 
 

@@ -21,8 +21,9 @@ from rlhf_cluster.config import ModelConfig, RMConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.schedule import learning_rate
-from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
+from rlhf_cluster.models.batching import filled_up, in_order, micro_batches, singles
 from rlhf_cluster.models.load import resolve_attention, resolve_dtype
+from rlhf_cluster.models.rankings import whole_prompts
 from rlhf_cluster.models.score_head import ScalarHeadModel, save_scalar_head_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Comparisons, Demonstrations
@@ -30,7 +31,6 @@ from rlhf_cluster.records import Comparisons, Demonstrations
 STAGE = "rm"
 EVALUATION = "rm_evaluation.json"
 Report = Callable[[int, Mapping[str, float]], None]
-Ranking = tuple[np.ndarray, Sequence[np.ndarray], np.ndarray]  # prompt ids [P], K responses [R], ranks [K]
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
 def gradient(engine: TrainEngine, job: RMJob, prompts: np.ndarray) -> dict[str, float]:
     """Accumulates the gradient of the mean over `prompts` of eq. (1), over all ranks."""
     ranks = engine.ranks
-    own = list(
-        whole_prompts(job.comparisons, prompts[ranks.rank :: ranks.world], job.cfg.engine.tokens_per_micro_batch)
-    )
+    limit = job.cfg.engine.tokens_per_micro_batch
+    own = list(whole_prompts(job.comparisons, prompts[ranks.rank :: ranks.world], limit, _device()))
     sums = torch.zeros(4, dtype=torch.float64)  # loss over prompts, pairs, correct pairs, margins
     micro = filled_up([batch for batch, _ in own], int(ranks.max(len(own))))
     for index, batch in enumerate(micro):
         scores = engine(*batch.to(_device()).score_arguments())
-        losses = [ranking_loss(scores[rows], ranking) for rows, ranking in (own[index][1] if index < len(own) else [])]
+        rankings = own[index][1] if index < len(own) else []
+        losses = [ranking_loss(scores[ranked.rows], ranked.ranks) for ranked in rankings]
         loss = torch.stack([one.loss for one in losses]).sum() if losses else 0.0 * scores.sum()
         engine.backward(loss / len(prompts))
         for one in losses:
@@ -134,37 +134,6 @@ def gradient(engine: TrainEngine, job: RMJob, prompts: np.ndarray) -> dict[str, 
     loss_sum, pairs, correct, margin = ranks.sum(sums).tolist()
     pairs = max(pairs, 1.0)
     return {"rm/loss": loss_sum / len(prompts), "rm/accuracy": correct / pairs, "rm/margin": margin / pairs}
-
-
-def whole_prompts(
-    comparisons: Comparisons, prompts: Sequence[int] | np.ndarray, tokens_per_micro_batch: int
-) -> Iterator[tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """Micro-batches that never part a prompt's responses, each with (rows of its scores, their ranks) by prompt."""
-    own = comparisons.take(prompts)
-    rankings = list(zip(own.prompt_ids, own.responses, own.ranks, strict=True))
-    widths = [len(prompt) + max(map(len, responses)) for prompt, responses, _ in rankings]
-    pending: list[Ranking] = []
-    rows = widest = 0
-    for index in sorted(range(len(rankings)), key=lambda index: -widths[index]):
-        responses = len(rankings[index][1])
-        if pending and (rows + responses) * widest > tokens_per_micro_batch:
-            yield _ranked_batch(pending)
-            pending, rows = [], 0
-        widest = widths[index] if not pending else widest
-        pending.append(rankings[index])
-        rows += responses
-    if pending:
-        yield _ranked_batch(pending)
-
-
-def _ranked_batch(rankings: Sequence[Ranking]) -> tuple[PackedBatch, list[tuple[torch.Tensor, torch.Tensor]]]:
-    prompts = [prompt for prompt, responses, _ in rankings for _ in responses]
-    responses = [response for _, ranked, _ in rankings for response in ranked]
-    (batch,) = micro_batches(prompts, responses, singles(len(responses)), 1 << 60)
-    place = np.argsort(batch.sequences)  # where a sequence stands in the batch, which is sorted by length
-    rows = np.split(place, np.cumsum([len(ranked) for _, ranked, _ in rankings])[:-1])
-    ranks = [torch.tensor(ranks.tolist(), device=_device()) for _, _, ranks in rankings]
-    return batch, list(zip([torch.from_numpy(r).to(_device()) for r in rows], ranks, strict=True))
 
 
 @torch.no_grad()

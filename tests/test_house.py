@@ -42,7 +42,7 @@ CONF_GROUPS = {
     *("model", "data", "generation", "reward", "learner", "kl", "advantage"),
     *("cluster", "weights", "logging", "recipe"),
 }
-PRIMARY_CONFIGS = {"sft.yaml", "rm.yaml", "ppo.yaml", "pipeline.yaml"}
+PRIMARY_CONFIGS = {"sft.yaml", "rm.yaml", "dpo.yaml", "ppo.yaml", "pipeline.yaml"}
 
 
 def room_of(path: Path, package: Path) -> str:

@@ -7,7 +7,7 @@ neither the micro-batch split nor the number of ranks changes the gradient. Righ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     )
 
 
-def ranking_loss(scores: Tensor, ranks: Tensor) -> RankingLoss:
+def ranking_loss(scores: Tensor, ranks: Tensor, smoothing: float = 0.0) -> RankingLoss:
     """The reward model's loss on one prompt (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
         L = -1 / |kept pairs| * sum_{(w, l)} log sigmoid(r_w - r_l)
@@ -121,12 +121,52 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> RankingLoss:
     scores [K], ranks [K], 1 the best. All pairs of a prompt are one batch element; pairs of equal rank say nothing and
     are dropped, so C(K, 2) becomes the number of kept pairs. Only ties (or K = 1): zero loss, zero gradient, zero
     pairs. The caller takes the mean over prompts, not over pooled pairs.
+    With scores of beta x log-ratio to a reference it is DPO's loss (Rafailov et al. 2023, arXiv:2305.18290, eq. 7);
+    `smoothing` is the share of pairs taken to be ranked the wrong way round (the conservative DPO of Mitchell 2023).
     """
+    margins = _margins(scores, ranks)
+    losses = -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)
+    return _over_pairs(losses, margins)
+
+
+def ipo_loss(log_ratios: Tensor, ranks: Tensor, beta: float) -> RankingLoss:
+    """Identity preference optimization on one prompt (Azar et al. 2023, arXiv:2310.12036, eq. 17; tau is beta).
+
+        L = 1 / |kept pairs| * sum_{(w, l)} (h_w - h_l - 1 / (2 beta))^2        h = log pi(y|x) / pi_ref(y|x)
+
+    log_ratios [K], ranks [K], 1 the best. The margin is driven to a finite place, which no sure preference moves on.
+    Margins are those of the rewards beta x h.
+    """
+    margins = _margins(log_ratios, ranks)
+    return _over_pairs((margins - 1 / (2 * beta)).square(), beta * margins)
+
+
+def kto_loss(log_ratios: Tensor, ranks: Tensor, kl: float, beta: float) -> RankingLoss:
+    """Kahneman-Tversky optimization on one prompt (Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8).
+
+        L = mean of 1 - sigmoid(beta (h - kl)) over the best, 1 - sigmoid(beta (kl - h)) over the worst responses
+
+    log_ratios h [K], ranks [K], 1 the best; what is neither best nor worst says nothing, as where all tie. `kl`, at
+    least 0, is the distance of policy and reference over the batch, without gradient; both weights are 1.
+    """
+    best, worst = ranks == ranks.min(), ranks == ranks.max()
+    sides = torch.where(best, 1.0, -1.0).to(log_ratios)
+    told = (best | worst) & (ranks.min() < ranks.max())
+    losses = 1 - torch.sigmoid(beta * sides * (log_ratios - kl))
+    whole = _over_pairs(losses.new_zeros(0), beta * _margins(log_ratios, ranks))
+    return replace(whole, loss=masked_sum(losses, told) / max(int(told.sum()), 1))
+
+
+def _margins(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Score of the better minus score of the worse, for every pair of unequal rank: [pairs]."""
     margins = scores.unsqueeze(1) - scores.unsqueeze(0)
-    margins = margins[ranks.unsqueeze(1) < ranks.unsqueeze(0)]
+    return margins[ranks.unsqueeze(1) < ranks.unsqueeze(0)]
+
+
+def _over_pairs(losses: Tensor, margins: Tensor) -> RankingLoss:
     return RankingLoss(
-        loss=-logsigmoid(margins).sum() / max(len(margins), 1),
-        pairs=torch.tensor(len(margins), device=scores.device),
+        loss=losses.sum() / max(len(losses), 1),
+        pairs=torch.tensor(len(margins), device=margins.device),
         correct_pairs=(margins.detach() > 0).sum(),
         margin_sum=margins.detach().sum(),
     )

@@ -36,7 +36,7 @@ def set_apart(role: str) -> dict[str, float]:
     """A trace of the custom resource that nodes for `role` bear, where the cluster has such nodes: its workers then go
     there and nowhere else (`deploy/kuberay`). SFT and the reward model train where the learner does."""
     has = ray.cluster_resources()
-    names = (role, "learner") if role in ("sft", "rm") else (role,)
+    names = (role, "learner") if role in ("sft", "rm", "dpo") else (role,)
     return next(({name: TRACE} for name in names if has.get(name)), {})
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-STAGES = ("sft", "rm", "ppo")
+STAGES = ("sft", "rm", "dpo", "ppo")
 REWARD_KINDS = (
     *("model", "random", "function", "http", "math", "exact", "regex", "json_schema", "length", "repetition"),
 )
@@ -119,6 +119,22 @@ class RMConfig:
     # reward model served policies of every size)
     ranking: RankingConfig = field(default_factory=RankingConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, schedule="cosine"))
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class DPOConfig:
+    """Learning from the comparisons without a reward model; the policy that it starts from is the reference."""
+
+    loss: str = "dpo"  # dpo | ipo | kto
+    beta: float = 0.1  # how dear it is to leave the reference (Rafailov et al. 2023)
+    label_smoothing: float = 0.0  # dpo: share of pairs taken to be ranked the wrong way round
+    epochs: int = 1
+    batch_size: int = 64  # prompts (not pairs) of a step over all workers
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=1e-6, betas=(0.9, 0.999), warmup_steps=10)
+    )  # Rafailov et al. 2023, B: 1e-6, linear warm-up
     engine: EngineConfig = field(default_factory=EngineConfig)
     resources: Resources = field(default_factory=Resources)
 
@@ -323,6 +339,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     rm: RMConfig = field(default_factory=RMConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -349,6 +366,7 @@ def optimizers(cfg: RunConfig) -> list[tuple[str, OptimizerConfig]]:
     return [
         ("sft.optimizer", cfg.sft.optimizer),
         ("rm.optimizer", cfg.rm.optimizer),
+        ("dpo.optimizer", cfg.dpo.optimizer),
         ("learner.policy", cfg.learner.policy),
         ("learner.critic", cfg.learner.critic),
     ]
@@ -369,6 +387,7 @@ def roles(cfg: RunConfig) -> dict[str, Resources]:
     return {
         "sft": cfg.sft.resources,
         "rm": cfg.rm.resources,
+        "dpo": cfg.dpo.resources,
         "generation": cfg.generation.resources,
         "reward": cfg.reward.resources,
         "reference": cfg.reference.resources,

@@ -25,6 +25,7 @@ def validate(cfg: RunConfig) -> RunConfig:
     _validate_choices(cfg)
     _validate_roles(cfg)
     _validate_ranges(cfg)
+    _validate_numbers(cfg)
     _validate_stages(cfg)
     if "ppo" in cfg.stages:
         _validate_ppo(cfg)
@@ -41,6 +42,7 @@ def _validate_choices(cfg: RunConfig) -> None:
     _one_of("ppo.kl.kind", cfg.ppo.kl.kind, ("fixed", "adaptive", "none"))
     _one_of("ppo.kl.estimator", cfg.ppo.kl.estimator, ("k1", "k2", "k3"))
     _one_of("ppo.kl.loss_estimator", cfg.ppo.kl.loss_estimator, ("k2", "k3"))
+    _one_of("dpo.loss", cfg.dpo.loss, ("dpo", "ipo", "kto"))
     _one_of("ppo.advantage.kind", cfg.ppo.advantage.kind, ADVANTAGES)
     _one_of("ppo.loss_mean", cfg.ppo.loss_mean, ("token", "response", "constant"))
     _one_of("ppo.ratio", cfg.ppo.ratio, ("token", "response"))
@@ -62,7 +64,12 @@ def _validate_roles(cfg: RunConfig) -> None:
         _require(resources.num_gpus >= 0, f"{name}.resources.num_gpus={resources.num_gpus}: it must not be negative")
         _require(resources.memory >= 0, f"{name}.resources.memory={resources.memory}: bytes, or 0 to reserve none")
         _require(resources.num_cpus > 0, f"{name}.resources.num_cpus={resources.num_cpus}: it must be above 0, as 0.01")
-    for name, engine in (("sft", cfg.sft.engine), ("rm", cfg.rm.engine), ("learner", cfg.learner.engine)):
+    for name, engine in (
+        ("sft", cfg.sft.engine),
+        ("rm", cfg.rm.engine),
+        ("dpo", cfg.dpo.engine),
+        ("learner", cfg.learner.engine),
+    ):
         _require(0 <= engine.zero_stage <= 3, f"{name}.engine.zero_stage={engine.zero_stage}: it must be 0, 1, 2 or 3")
     for name, optimizer in optimizers(cfg):
         for key in ("lr", "eps"):
@@ -79,6 +86,8 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("sft.batch_size", cfg.sft.batch_size),
         ("rm.epochs", cfg.rm.epochs),
         ("rm.batch_size", cfg.rm.batch_size),
+        ("dpo.epochs", cfg.dpo.epochs),
+        ("dpo.batch_size", cfg.dpo.batch_size),
         ("ppo.steps", cfg.ppo.steps),
         ("ppo.batch_size", cfg.ppo.batch_size),
         ("ppo.minibatch_size", cfg.ppo.minibatch_size),
@@ -130,8 +139,15 @@ def _validate_ranges(cfg: RunConfig) -> None:
     ):
         for key, number in numbers:
             _require(low <= number <= high, f"{key}={number}: it must {words}")
+
+
+def _validate_numbers(cfg: RunConfig) -> None:
+    """What has bounds of its own."""
     for name, optimizer in optimizers(cfg):
         _require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
+    _require(cfg.dpo.beta > 0, f"dpo.beta={cfg.dpo.beta}: it must be above 0")
+    smoothing = cfg.dpo.label_smoothing
+    _require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing}: it must be from 0 up to but not 0.5")
     _require(0 <= cfg.ppo.ema_decay < 1, f"ppo.ema_decay={cfg.ppo.ema_decay}: it must be from 0 up to but not 1")
     fraction = cfg.data.heldout_fraction
     _require(0 <= fraction < 1, f"data.heldout_fraction={fraction}: it must be from 0 up to but not 1")
@@ -158,9 +174,9 @@ def _validate_stages(cfg: RunConfig) -> None:
         re.fullmatch(r"local|auto|(ray://)?[\w.\-\[\]:]+:\d+", cfg.cluster.address) is not None,
         f"cluster.address={cfg.cluster.address}: it must be local, auto or HOST:PORT",
     )
-    _require(bool(cfg.stages), "stages is empty; it must name at least one of sft, rm, ppo")
+    _require(bool(cfg.stages), f"stages is empty; it must name at least one of {', '.join(STAGES)}")
     order = [STAGES.index(stage) for stage in cfg.stages]
-    _require(order == sorted(set(order)), f"stages={cfg.stages}: each at most once, in the order sft, rm, ppo")
+    _require(order == sorted(set(order)), f"stages={cfg.stages}: each at most once, in the order {', '.join(STAGES)}")
     total = cfg.data.max_prompt_tokens + cfg.generation.max_response_tokens
     _require(
         total <= cfg.model.context,
@@ -183,7 +199,8 @@ def _validate_stages(cfg: RunConfig) -> None:
 def _validate_files(cfg: RunConfig) -> None:
     """Each stage reads from a file of the user's own."""
     ranked = "prompts" if cfg.rm.ranking.labeler else "comparisons"
-    for stage, kind in (("sft", "demonstrations"), ("rm", ranked), ("ppo", "prompts")):
+    rankings = "comparisons" if "rm" not in cfg.stages else ranked
+    for stage, kind in (("sft", "demonstrations"), ("rm", ranked), ("dpo", rankings), ("ppo", "prompts")):
         _require(
             stage not in cfg.stages or bool(getattr(cfg.data, kind)),
             f"data.{kind} is empty; stage {stage} needs that file with data.source=files",

@@ -11,7 +11,7 @@ import pytest
 from rlhf_cluster import config
 from rlhf_cluster.config import ConfigError, RunConfig, conf_directory, differences, load, load_file, to_yaml, validate
 
-PRIMARIES = ("pipeline", "sft", "rm", "ppo")
+PRIMARIES = ("pipeline", "sft", "rm", "dpo", "ppo")
 FILES = ["data.prompts=x", "data.demonstrations=x", "data.comparisons=x"]
 ANY_PATHS = [*FILES, "data.path=x", "model.path=x", "policy_path=x", "reward.path=x"]
 GROUPS = {
@@ -83,7 +83,7 @@ def test_the_papers_numbers_are_the_defaults(cfg: RunConfig) -> None:
         ("ppo.steps=abc", r"^ppo\.steps: Value 'abc' of type 'str' could not be converted to Integer$"),
         ("ppo.batch_size=1.5", r"^ppo\.batch_size: Value '1\.5'"),
         ("ppo=3", r"^ppo=3: ppo is a section; set a key of it, as ppo\.steps$"),
-        ("ppo.learning_rate=1", r"did you mean sft\.optimizer\.lr or rm\.optimizer\.lr or learner\.policy\.lr\?$"),
+        ("ppo.learning_rate=1", r"did you mean sft\.optimizer\.lr or rm\.optimizer\.lr or dpo\.optimizer\.lr"),
         ("stages=sft", r"^stages=sft: it must be a list, as stages=\[sft\]$"),
         ("kl=3", r"^kl=3: there is no such kl; there are adaptive, fixed, loss, none$"),
         ("model=nope", r"^model=nope: there is no such model; there are gpt2, .*tiny$"),
@@ -99,8 +99,8 @@ def test_what_cannot_be_composed_is_refused_in_one_sentence(override: str, sente
 
 
 def test_an_unknown_stage_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"there is no stage 'dpo'; there are pipeline, ppo, rm, sft"):
-        load([], "dpo")
+    with pytest.raises(ConfigError, match=r"there is no stage 'grpo'; there are dpo, pipeline, ppo, rm, sft"):
+        load([], "grpo")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
     ("change", "sentence"),
     [
         ({"stages": []}, "stages is empty"),
-        ({"stages": ["ppo", "sft"]}, r"stages=\['ppo', 'sft'\]: each at most once, in the order sft, rm, ppo"),
-        ({"stages": ["sft", "dpo"]}, "stages=dpo: it must be one of sft, rm, ppo"),
+        ({"stages": ["ppo", "sft"]}, r"stages=\['ppo', 'sft'\]: each at most once, in the order sft, rm, dpo, ppo"),
+        ({"stages": ["sft", "grpo"]}, "stages=grpo: it must be one of sft, rm, dpo, ppo"),
         ({"stages": ["ppo"]}, r"reward\.path is empty and rm is not among the stages"),
         ({"model": config.ModelConfig()}, r"model\.path is empty"),
         ({"data": config.DataConfig(prompts="x")}, "data.demonstrations is empty; stage sft needs that file with data"),

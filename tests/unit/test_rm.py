@@ -15,9 +15,10 @@ from rlhf_cluster.config import EngineConfig, ModelConfig, OptimizerConfig, RMCo
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.models.batching import micro_batches, singles
+from rlhf_cluster.models.rankings import whole_prompts
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.records import Comparisons, Demonstrations
-from rlhf_cluster.rm import RMJob, evaluate, gradient, pair_margins, read_evaluation, summarize, train, whole_prompts
+from rlhf_cluster.rm import RMJob, evaluate, gradient, pair_margins, read_evaluation, summarize, train
 
 EOS = 258
 
@@ -88,12 +89,13 @@ def test_whole_prompts_part_no_prompt_and_keep_the_limit(limit: int) -> None:
     shown = comparisons(12)
     asked = [9, 2, 4, 0, 11, 7]
     seen: list[tuple[list[list[int]], list[int]]] = []
-    for batch, ranked in whole_prompts(shown, asked, limit):
+    for batch, ranked in whole_prompts(shown, asked, limit, "cpu"):
         assert batch.padded_tokens <= limit or len(ranked) == 1
         ends = batch.last_positions().tolist()
         rows = batch.input_ids.flatten().tolist()
         sequences = [rows[start : end + 1] for start, end in zip(batch.starts.tolist(), ends, strict=True)]
-        seen += [([sequences[place] for place in places.tolist()], ranks.tolist()) for places, ranks in ranked]
+        seen += [([sequences[place] for place in own.rows.tolist()], own.ranks.tolist()) for own in ranked]
+        assert all(shown.ranks[own.prompt].tolist() == own.ranks.tolist() for own in ranked)
     expected = [
         ([[*shown.prompt_ids[p], *response] for response in shown.responses[p]], shown.ranks[p].tolist()) for p in asked
     ]

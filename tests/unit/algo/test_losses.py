@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from rlhf_cluster.algo.losses import (
     explained_variance,
     explained_variance_of,
+    ipo_loss,
+    kto_loss,
     policy_loss,
     ranking_loss,
     sft_loss,
@@ -299,3 +302,58 @@ class TestExplainedVariance:
         """Three equal numbers, whose float64 sums leave a variance of 1e-16 of their square."""
         total = torch.tensor([3.0, 3.0, 3.0 + 1e-15], dtype=torch.float64)
         assert explained_variance_of(torch.tensor([3.0, 0.0, 3.0], dtype=torch.float64), total).item() == 0
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+RATIOS, RANKS = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1, 3, 2])
+
+
+class TestPreferenceLosses:
+    """h = 2, -1, 0.5 with ranks 1, 3, 2: margins 3 (1 over 3), 1.5 (1 over 2), 1.5 (2 over 3)."""
+
+    def test_dpo_by_hand(self) -> None:
+        loss = ranking_loss(0.1 * RATIOS, RANKS)
+        assert loss.loss.item() == pytest.approx(-sum(math.log(sigmoid(m)) for m in (0.3, 0.15, 0.15)) / 3)
+        assert (loss.pairs.item(), loss.correct_pairs.item()) == (3, 3)
+        assert loss.margin_sum.item() == pytest.approx(0.6)
+
+    def test_dpo_of_a_pair_is_the_papers_gradient(self) -> None:
+        """Eq. 8: beta x sigmoid(r_l - r_w), up for the better and down for the worse."""
+        ratios = torch.tensor([0.4, 1.0], requires_grad=True)
+        ranking_loss(0.5 * ratios, torch.tensor([1, 2])).loss.backward()
+        weight = 0.5 * sigmoid(0.5 * (1.0 - 0.4))
+        assert ratios.grad.tolist() == pytest.approx([-weight, weight])
+
+    def test_smoothing_by_hand(self) -> None:
+        loss = ranking_loss(torch.tensor([1.0, 0.0]), torch.tensor([1, 2]), smoothing=0.25)
+        assert loss.loss.item() == pytest.approx(-0.75 * math.log(sigmoid(1)) - 0.25 * math.log(sigmoid(-1)))
+
+    def test_ipo_by_hand(self) -> None:
+        """With beta 0.25 every margin is driven to 2."""
+        loss = ipo_loss(RATIOS, RANKS, 0.25)
+        assert loss.loss.item() == pytest.approx((1.0 + 0.25 + 0.25) / 3)
+        assert loss.margin_sum.item() == pytest.approx(0.25 * 6)
+        still = torch.tensor([2.0, 0.0], requires_grad=True)
+        ipo_loss(still, torch.tensor([1, 2]), 0.25).loss.backward()
+        assert still.grad.tolist() == [0.0, 0.0]
+
+    def test_kto_by_hand(self) -> None:
+        """The best at 2, the worst at -1, the KL at 0.5; the one between says nothing."""
+        loss = kto_loss(RATIOS, RANKS, 0.5, 0.1)
+        expected = (1 - sigmoid(0.1 * 1.5) + 1 - sigmoid(0.1 * 1.5)) / 2
+        assert loss.loss.item() == pytest.approx(expected)
+        ratios = RATIOS.clone().requires_grad_()
+        kto_loss(ratios, RANKS, 0.5, 0.1).loss.backward()
+        assert ratios.grad[0] < 0 < ratios.grad[1] and ratios.grad[2] == 0
+
+    @pytest.mark.parametrize(
+        "loss", [ranking_loss, lambda h, r: ipo_loss(h, r, 0.1), lambda h, r: kto_loss(h, r, 0.0, 0.1)]
+    )
+    def test_ties_alone_teach_nothing(self, loss: Any) -> None:
+        ratios = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+        found = loss(ratios, torch.ones(3, dtype=torch.long))
+        found.loss.backward()
+        assert found.loss.item() == 0 and found.pairs.item() == 0 and ratios.grad.tolist() == [0.0, 0.0, 0.0]

@@ -1,0 +1,203 @@
+"""Learning from rankings without a reward model: DPO, IPO and KTO, an offline stage on the comparisons of stage 2.
+
+The policy's own log-ratio to where it started is the reward (Rafailov et al. 2023, arXiv:2305.18290): with it, DPO's
+loss is the reward model's, InstructGPT eq. (1), and here too all pairs of a prompt are one batch element. Every rank
+runs `train`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_cluster.algo.logprobs import logprobs_from_logits
+from rlhf_cluster.algo.losses import RankingLoss, ipo_loss, kto_loss, ranking_loss
+from rlhf_cluster.config import DPOConfig, ModelConfig
+from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.engine.schedule import learning_rate
+from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
+from rlhf_cluster.models.forward import PolicyModule
+from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype, save_policy
+from rlhf_cluster.models.rankings import whole_prompts
+from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.records import Comparisons
+
+STAGE = "dpo"
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class DPOJob:
+    """What every rank needs. The policy at `policy_path` is also the reference."""
+
+    cfg: DPOConfig
+    model: ModelConfig
+    seed: int
+    policy_path: Path
+    comparisons: Comparisons
+    heldout: Comparisons
+    output: Path
+
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return math.ceil(len(self.comparisons) / self.cfg.batch_size) * self.cfg.epochs
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """The prompts of each optimizer step, reshuffled in every epoch, the same on all ranks."""
+        for epoch in range(self.cfg.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.comparisons))
+            yield from np.split(order, range(self.cfg.batch_size, len(order), self.cfg.batch_size))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Log-probabilities of whole responses under the policy as it starts: [K] for each prompt of the comparisons, and
+    of each prompt with another one's best response (KTO's estimate of the KL)."""
+
+    of_rankings: Sequence[np.ndarray]
+    of_mismatches: np.ndarray
+
+
+def train(ranks: Ranks, job: DPOJob, report: Report) -> None:
+    """One rank's run; rank 0 reports each step and leaves a plain Hugging Face directory at `job.output`, float32."""
+    torch.manual_seed(job.seed)
+    dtype = resolve_dtype(job.model.dtype)
+    policy = load_policy(job.policy_path, None, resolve_attention(job.model.attention))
+    engine = TrainEngine(PolicyModule(policy, logprobs_from_logits), job.cfg.engine, job.cfg.optimizer, dtype, ranks)
+    reference, heldout = refer(engine, job, job.comparisons), refer(engine, job, job.heldout)
+    total = job.steps()
+    for step, prompts in enumerate(job.batches()):
+        began = time.perf_counter()
+        metrics = gradient(engine, job, prompts, reference)
+        rate = learning_rate(job.cfg.optimizer, step, total)
+        metrics |= {"dpo/grad_norm": engine.step(rate), "dpo/lr": rate, "timing_s/step": time.perf_counter() - began}
+        if step + 1 == total:
+            metrics |= evaluate(engine, job, heldout)
+        if ranks.rank == 0:
+            report(step, metrics)
+    weights = PolicyModule.hf_names(engine.masters_on_rank_0())
+    if ranks.rank == 0:
+        tokenizer = load_tokenizer(job.policy_path, job.model.chat_template)
+        save_policy(policy.config, weights, tokenizer, job.output, torch.float32)
+    ranks.gather(None)  # nobody ends before the result is written
+
+
+def refer(engine: TrainEngine, job: DPOJob, comparisons: Comparisons) -> Reference:
+    """The reference's word on everything that will be asked, once: no second model is kept. A collective."""
+    mismatched = _mismatches(comparisons) if job.cfg.loss == "kto" else ([], [])
+    return Reference(_of_rankings(engine, job, comparisons), of_responses(engine, job, *mismatched))
+
+
+def _of_rankings(engine: TrainEngine, job: DPOJob, comparisons: Comparisons) -> list[np.ndarray]:
+    prompts = [comparisons.prompt_ids[i] for i, ranked in enumerate(comparisons.responses) for _ in ranked]
+    responses = [response for ranked in comparisons.responses for response in ranked]
+    found = of_responses(engine, job, prompts, responses)
+    return np.split(found, np.cumsum([len(ranks) for ranks in comparisons.ranks])[:-1]) if len(comparisons) else []
+
+
+def _mismatches(comparisons: Comparisons) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Each prompt with the best response to the next one: what the policy would hardly say there."""
+    best = [own[int(np.argmin(ranks))] for own, ranks in zip(comparisons.responses, comparisons.ranks, strict=True)]
+    return list(comparisons.prompt_ids), [*best[1:], *best[:1]]
+
+
+@torch.no_grad()
+def of_responses(
+    engine: TrainEngine, job: DPOJob, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Log-probability of each whole response, f64 [n], on every rank: each computes a share. A collective."""
+    ranks = engine.ranks
+    mine = range(ranks.rank, len(prompts), ranks.world)
+    limit = job.cfg.engine.tokens_per_micro_batch
+    own = micro_batches([prompts[i] for i in mine], [responses[i] for i in mine], singles(len(mine)), limit)
+    batches = filled_up(own, int(ranks.max(len(own))))
+    parts = [list(response_sums(engine, batch.to(_device())).cpu().numpy()) for batch in batches]
+    found = np.zeros(len(prompts))
+    for rank, share in enumerate(ranks.gather(in_order(batches, parts, len(mine)))):
+        found[rank :: ranks.world] = share
+    return found
+
+
+def response_sums(engine: TrainEngine, batch: PackedBatch) -> torch.Tensor:
+    """The summed logprobs of each sequence's response: [S], with gradient."""
+    logprobs, _ = engine(*batch.policy_arguments(), 1.0)
+    owner = np.repeat(np.arange(len(batch.sequences)), batch.response_lengths)
+    index = torch.from_numpy(owner).to(logprobs.device)
+    return logprobs.new_zeros(len(batch.sequences)).index_add(0, index, logprobs)
+
+
+def gradient(engine: TrainEngine, job: DPOJob, prompts: np.ndarray, reference: Reference) -> dict[str, float]:
+    """Accumulates the gradient of the mean over `prompts` of the loss, over all ranks."""
+    ranks, limit = engine.ranks, job.cfg.engine.tokens_per_micro_batch
+    baseline = _baseline(engine, job, prompts, reference)
+    own = list(whole_prompts(job.comparisons, prompts[ranks.rank :: ranks.world], limit, _device()))
+    sums = torch.zeros(4, dtype=torch.float64)  # loss over prompts, pairs, correct pairs, margins
+    for index, batch in enumerate(filled_up([batch for batch, _ in own], int(ranks.max(len(own))))):
+        found = response_sums(engine, batch.to(_device()))
+        losses = [
+            preference_loss(
+                found[ranked.rows] - torch.from_numpy(reference.of_rankings[ranked.prompt]).to(found),
+                ranked.ranks,
+                baseline,
+                job.cfg,
+            )
+            for ranked in (own[index][1] if index < len(own) else [])
+        ]
+        loss = torch.stack([one.loss for one in losses]).sum() if losses else 0.0 * found.sum()
+        engine.backward(loss / len(prompts))
+        for one in losses:
+            sums += torch.stack([one.loss.detach(), one.pairs, one.correct_pairs, one.margin_sum]).double().cpu()
+    return _metrics(ranks.sum(sums).tolist(), len(prompts), "") | (
+        {"dpo/kl": baseline} if job.cfg.loss == "kto" else {}
+    )
+
+
+def _baseline(engine: TrainEngine, job: DPOJob, prompts: np.ndarray, reference: Reference) -> float:
+    """KTO's reference point: how far the policy is from where it started, at least 0. A collective."""
+    if job.cfg.loss != "kto":
+        return 0.0
+    all_prompts, others = _mismatches(job.comparisons)
+    found = of_responses(engine, job, [all_prompts[i] for i in prompts], [others[i] for i in prompts])
+    return max(0.0, float(np.mean(found - reference.of_mismatches[prompts])))
+
+
+def preference_loss(log_ratios: torch.Tensor, ranks: torch.Tensor, baseline: float, cfg: DPOConfig) -> RankingLoss:
+    """One prompt's ranking: `log_ratios` [K] to the reference, `ranks` [K], 1 the best."""
+    if cfg.loss == "ipo":
+        return ipo_loss(log_ratios, ranks, cfg.beta)
+    if cfg.loss == "kto":
+        return kto_loss(log_ratios, ranks, baseline, cfg.beta)
+    return ranking_loss(cfg.beta * log_ratios, ranks, cfg.label_smoothing)
+
+
+def evaluate(engine: TrainEngine, job: DPOJob, reference: Reference) -> dict[str, float]:
+    """Agreement of the policy's own rewards with held-out rankings. A collective."""
+    if not len(job.heldout):
+        return {}
+    sums = torch.zeros(4, dtype=torch.float64)
+    found = _of_rankings(engine, job, job.heldout)
+    for own, ref, ranks in zip(found, reference.of_rankings, job.heldout.ranks, strict=True):
+        one = ranking_loss(job.cfg.beta * torch.from_numpy(own - ref), torch.tensor(ranks.tolist()))
+        sums += torch.stack([one.loss, one.pairs, one.correct_pairs, one.margin_sum]).double()
+    return _metrics(sums.tolist(), len(found), "heldout_")
+
+
+def _metrics(sums: Sequence[float], prompts: int, prefix: str) -> dict[str, float]:
+    loss, pairs, correct, margin = sums
+    pairs = max(pairs, 1.0)
+    return {
+        f"dpo/{prefix}loss": loss / prompts,
+        f"dpo/{prefix}accuracy": correct / pairs,
+        f"dpo/{prefix}margin": margin / pairs,
+    }
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
