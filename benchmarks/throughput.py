@@ -156,6 +156,7 @@ async def measure(cfg: RunConfig, inputs: Inputs, prompts: Prompts, work: Path, 
             RolloutLog(work / "rollouts"),
             Checkpoints(work / "checkpoints"),
             lambda step, batch: None,
+            lambda sentence: print(sentence, file=sys.stderr),
         )
         await ppo.train(opened.rooms, PromptOrder(prompts, cfg.seed), cfg.ppo, log)
         driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

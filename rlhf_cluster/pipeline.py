@@ -304,6 +304,7 @@ async def _run_ppo(run: Run) -> None:
             RolloutLog(run.directory.rollouts),
             checkpoints,
             lambda step, batch: _show(run, step, batch),
+            run.progress.note,
             _gold_score(run),
         )
         with run.progress.stage(ppo.STAGE, cfg.ppo.steps):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -24,6 +24,7 @@ import numpy as np
 
 from rlhf_cluster.algo.admission import DROPPED, FILTERED, Admission, Batch
 from rlhf_cluster.algo.control import Control
+from rlhf_cluster.algo.guardrails import Alarm, Guardrails, Rail, gravest
 from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.records import Controls, Members, Rollouts, ScoredRollouts, UpdateStats, join
@@ -60,6 +61,7 @@ class Log:
     rollouts: RolloutLog
     checkpoints: Checkpoints
     show: Callable[[int, Batch], None]
+    warn: Callable[[str], None]
     measure: Callable[[ScoredRollouts], Mapping[str, float]] = (
         lambda batch: {}
     )  # further metrics that nothing learns from
@@ -71,6 +73,7 @@ class Start:
 
     step: int = 0
     control: Mapping[str, float] = field(default_factory=dict)
+    guardrails: Mapping[str, float] = field(default_factory=dict)
 
 
 AT_FIRST = Start()
@@ -78,7 +81,7 @@ AT_FIRST = Start()
 
 async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start: Start = AT_FIRST) -> None:
     """Runs iterations `start` to `cfg.steps`; the policy of iteration n is weight version n."""
-    control = make_control(cfg, start)
+    control, rails = make_control(cfg, start), make_guardrails(cfg, start)
     batches: deque[asyncio.Task[Batch]] = deque()
     async with asyncio.TaskGroup() as collecting:
         for step in range(start.step, cfg.steps):
@@ -86,17 +89,20 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                 for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
                     batches.append(collecting.create_task(collect(rooms, ahead, prompts, cfg, log.timer)))
                 batch = await batches.popleft()
-                controls = control.before(batch.rows.score)
+                alarms = rails.before(batch.rows)
+                controls = control.before(batch.rows.score, learn=gravest(alarms) in ("", "warn"))
                 with log.timer("update"):
                     stats = await rooms.learner.update(step, controls)
+                alarms += rails.after(stats.metrics)
+                await heed(alarms, rooms, stats.weight_version, log)
                 with log.timer("update_weights"):
                     await rooms.learner.publish(stats.weight_version)
                     await rooms.generation.receive(stats.weight_version)
                 control.after(stats.metrics["objective/kl"], len(batch.rows))
-            write_down(step, batch, stats, controls, log)  # first: what a checkpoint has behind it is on record
+            write_down(step, batch, stats, controls, alarms, log)  # first: what a checkpoint has behind it is on record
             if is_checkpoint(step, cfg):
                 with log.timer("save_checkpoint"):
-                    await save(rooms, stats.weight_version, control, log)
+                    await save(rooms, stats.weight_version, control, rails, log)
 
 
 async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, timer: Timer) -> Batch:
@@ -158,6 +164,26 @@ def reasons(batch: Batch) -> str:
     return "; ".join(f"{count} x {failure}" for failure, count in failures.most_common(3))
 
 
+class GuardrailError(RuntimeError):
+    """A run that was stopped by one of its guardrails."""
+
+
+async def heed(alarms: Sequence[Alarm], rooms: Rooms, version: int, log: Log) -> None:
+    """What is due: a word, or the last checkpoint's policy as `version`, or the end."""
+    for alarm in alarms:
+        log.warn(f"iteration {version}: guardrail {alarm.name} ({alarm.action}): {alarm.sentence}")
+    action = gravest(alarms)
+    last = log.checkpoints.latest() if action == "rollback" else None
+    if last is not None:
+        log.checkpoints.verify(last)
+        await rooms.learner.load(last.path, version)
+        log.warn(f"iteration {version}: the policy is that of the checkpoint of iteration {last.step} again")
+    elif action in ("rollback", "stop"):
+        told = "; ".join(f"{alarm.name}: {alarm.sentence}" for alarm in alarms if alarm.action == action)
+        none = " and there is no checkpoint yet to go back to" if action == "rollback" else ""
+        raise GuardrailError(f"iteration {version} was stopped by ppo.guardrails ({told}){none}")
+
+
 def is_checkpoint(step: int, cfg: PPOConfig) -> bool:
     """After every `save_every` iterations, and after the last."""
     return step + 1 == cfg.steps or (cfg.save_every > 0 and (step + 1) % cfg.save_every == 0)
@@ -173,11 +199,19 @@ def make_control(cfg: PPOConfig, start: Start) -> Control:
     return control
 
 
-async def save(rooms: Rooms, version: int, control: Control, log: Log) -> None:
+def make_guardrails(cfg: PPOConfig, start: Start) -> Guardrails:
+    names = ("kl", "entropy", "length", "clipfrac", "grad_norm")
+    rails = Guardrails({name: Rail(**vars(getattr(cfg.guardrails, name))) for name in names})
+    rails.restore(start.guardrails)
+    return rails
+
+
+async def save(rooms: Rooms, version: int, control: Control, rails: Guardrails, log: Log) -> None:
     """A checkpoint that is either complete or not there. `version` iterations are done."""
     with log.checkpoints.write(version) as directory:
         await rooms.learner.save(directory)
-        (directory / RUN_STATE).write_text(json.dumps({"step": version, "control": control.state()}))
+        state = {"step": version, "control": control.state(), "guardrails": rails.state()}
+        (directory / RUN_STATE).write_text(json.dumps(state))
 
 
 def resume(checkpoint: Path) -> Start:
@@ -185,7 +219,9 @@ def resume(checkpoint: Path) -> Start:
     return Start(**json.loads((checkpoint / RUN_STATE).read_text()))
 
 
-def write_down(step: int, batch: Batch, stats: UpdateStats, controls: Controls, log: Log) -> None:
+def write_down(
+    step: int, batch: Batch, stats: UpdateStats, controls: Controls, alarms: Sequence[Alarm], log: Log
+) -> None:
     """Rollouts, metrics and now and then a sample, once the iteration is done. The seconds of its checkpoint, which
     comes after, stand in the next record."""
     rows, seconds = batch.rows, log.timer.take()
@@ -201,6 +237,7 @@ def write_down(step: int, batch: Batch, stats: UpdateStats, controls: Controls, 
             **seconds,
             "rollout/filtered": float(len(batch.others.get(FILTERED, ()))),
             "fault/dropped": float(len(batch.others.get(DROPPED, ()))),
+            **{f"guard/{alarm.name}": 1.0 for alarm in alarms},
             "actor/kl_coef": controls.kl_coef,
             "sync/version": stats.weight_version,
             "perf/total_num_tokens": tokens,

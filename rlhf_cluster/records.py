@@ -261,11 +261,12 @@ def _with_answer(table: pa.Table, answer: pa.Table) -> pa.Table:
 @dataclass(frozen=True)
 class Controls:
     """What the driver steers one `update` by: the KL coefficient, and by what scores are normalised before they are
-    rewards, (score - mean) / std."""
+    rewards, (score - mean) / std. Where it is not to `learn`, the batch is looked at and no weight moves."""
 
     kl_coef: float
     score_mean: float = 0.0
     score_std: float = 1.0
+    learn: bool = True
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,10 @@ class Learner(Protocol):
         """Leaves one full snapshot of the policy in the weight store under `version`."""
         ...
 
+    async def load(self, directory: Path, version: int) -> None:
+        """Back to what `save` wrote below `directory`, which is `version` from now on; older batches are closed."""
+        ...
+
     async def save(self, directory: Path) -> None:
         """Writes `policy/`, `critic/` and `state/` below `directory`."""
         ...

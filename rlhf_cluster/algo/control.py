@@ -23,12 +23,12 @@ class Control:
         self._kl, self._normalise = kl, normalise_scores
         self._scores = ScoreMoments()
 
-    def before(self, scores: np.ndarray) -> Controls:
+    def before(self, scores: np.ndarray, learn: bool = True) -> Controls:
         """scores [B] of the batch that the update is for; they count among those that they are normalised by."""
         self._scores.tell(scores)
         if not self._normalise:
-            return Controls(self._kl.coef)
-        return Controls(self._kl.coef, self._scores.mean, self._scores.std)
+            return Controls(self._kl.coef, learn=learn)
+        return Controls(self._kl.coef, self._scores.mean, self._scores.std, learn)
 
     def after(self, kl: float, responses: int) -> None:
         """`kl` in nats per response, the mean over the batch."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 STAGES = ("sft", "rm", "dpo", "ppo")
+RAIL_ACTIONS = ("warn", "skip", "rollback", "stop")
 REWARD_KINDS = (
     *("model", "random", "function", "http", "math", "exact", "regex", "json_schema", "length", "repetition"),
 )
@@ -182,6 +183,27 @@ class PTXConfig:
 
 
 @dataclass
+class RailConfig:
+    """A limit and what is done beyond it."""
+
+    limit: float = 0.0  # 0: not watched
+    action: str = "warn"  # warn | skip the update | rollback to the last checkpoint's policy | stop
+
+
+@dataclass
+class GuardrailsConfig:
+    """What a run is kept within. The first three are looked at before an update, the others in it and after."""
+
+    kl: RailConfig = field(default_factory=RailConfig)  # nats per response from the reference, at most
+    entropy: RailConfig = field(default_factory=RailConfig)  # nats per token, at least
+    length: RailConfig = field(default_factory=RailConfig)  # mean length as a factor of the first batch's, either way
+    clipfrac: RailConfig = field(default_factory=RailConfig)  # share of tokens that the update clipped, at most
+    grad_norm: RailConfig = field(default_factory=RailConfig)  # of an optimizer step, before clipping, at most: but for
+    # warn, a step beyond it is not taken
+    not_finite: str = "stop"  # a gradient that is NaN or infinite moves nothing: skip the step | stop the run
+
+
+@dataclass
 class PPOConfig:
     """Stage 3, proximal policy optimization (InstructGPT section 3.5, C.4)."""
 
@@ -221,6 +243,7 @@ class PPOConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     ptx: PTXConfig = field(default_factory=PTXConfig)
+    guardrails: GuardrailsConfig = field(default_factory=GuardrailsConfig)
 
 
 @dataclass

@@ -6,7 +6,17 @@ import math
 import re
 from collections.abc import Sequence
 
-from rlhf_cluster.config.tree import ADVANTAGES, REWARD_KINDS, STAGES, ConfigError, RunConfig, leaves, optimizers, roles
+from rlhf_cluster.config.tree import (
+    ADVANTAGES,
+    RAIL_ACTIONS,
+    REWARD_KINDS,
+    STAGES,
+    ConfigError,
+    RunConfig,
+    leaves,
+    optimizers,
+    roles,
+)
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -236,6 +246,28 @@ def _validate_ptx(cfg: RunConfig) -> None:
     _require(ptx.tokens != 1, "ppo.ptx.tokens=1: an example of one token has nothing to predict; use 2 or more")
 
 
+def _validate_guardrails(cfg: RunConfig) -> None:
+    rails = cfg.ppo.guardrails
+    _one_of("ppo.guardrails.not_finite", rails.not_finite, ("skip", "stop"))
+    for name in ("kl", "entropy", "length", "clipfrac", "grad_norm"):
+        rail, key = getattr(rails, name), f"ppo.guardrails.{name}"
+        after = name == "clipfrac"  # the update has been made by then
+        _one_of(f"{key}.action", rail.action, ("warn", "rollback", "stop") if after else RAIL_ACTIONS)
+        _require(rail.limit >= 0, f"{key}.limit={rail.limit}: it must not be negative; 0 watches nothing")
+        _require(
+            rail.action != "rollback" or not rail.limit or cfg.ppo.save_every > 0,
+            f"{key}.action=rollback, but ppo.save_every=0 leaves no checkpoint to go back to; save some",
+        )
+    _require(
+        not rails.length.limit or rails.length.limit > 1,
+        f"ppo.guardrails.length.limit={rails.length.limit}: a factor above 1, or 0 for none",
+    )
+    _require(
+        not rails.kl.limit or cfg.ppo.kl.kind != "none",
+        f"ppo.guardrails.kl.limit={rails.kl.limit}, but ppo.kl.kind=none starts no reference; use kl=fixed, or 0",
+    )
+
+
 def _validate_advantage(cfg: RunConfig) -> None:
     ppo = cfg.ppo
     kind = ppo.advantage.kind
@@ -318,6 +350,7 @@ def _validate_ppo(cfg: RunConfig) -> None:
         f"{', '.join(str(n) for n in range(1, ppo.minibatch_size + 1) if ppo.minibatch_size % n == 0)}",
     )
     _validate_advantage(cfg)
+    _validate_guardrails(cfg)
     _validate_kl(cfg)
     _validate_ptx(cfg)
     parallel, gpus = cfg.generation.tensor_parallel, cfg.generation.resources.num_gpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.settings import deepspeed_settings, effective_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FINITE = sys.float_info.max
 
 
 class EngineError(RuntimeError):
@@ -53,6 +55,7 @@ class TrainEngine:
         self.stage = effective_stage(engine.zero_stage, dtype)
         self._max_grad_norm = optimizer.max_grad_norm
         self._grad_norm = math.nan
+        self._limit = FINITE
         adamw = torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad],
             lr=optimizer.lr,
@@ -66,19 +69,24 @@ class TrainEngine:
         _cast_parameters(module, dtype)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
         self._adamw: torch.optim.AdamW = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        if self.stage == 0:
-            self._adamw.register_step_pre_hook(self._clip)
+        self._adamw.register_step_pre_hook(self._guard)
         self._reset_moments()
         for name, parameter in self.module.named_parameters():
             if name in begun:
                 self._set_master(parameter, begun.pop(name).float())
 
-    def _clip(self, *_: Any) -> None:
-        """Runs after the gradients are reduced and before the weights move: the norm is that of all ranks."""
+    def _guard(self, *_: Any) -> None:
+        """Runs after the gradients are reduced and before the weights move: the norm is that of all ranks. Parameters
+        without a gradient are passed over by AdamW, moments included."""
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
-        limit = self._max_grad_norm if self._max_grad_norm > 0 else math.inf
-        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        _require_finite(self._grad_norm)
+        if self.stage == 0:
+            limit = self._max_grad_norm if self._max_grad_norm > 0 else math.inf
+            self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        else:
+            self._grad_norm = float(self._engine.optimizer._global_grad_norm)
+        if not self._grad_norm <= self._limit:
+            for parameter in parameters:
+                parameter.grad = None
 
     def _reset_moments(self) -> None:
         """Optimizer state exists from the start, at step 0 for every stage (stage 3 would begin at step 1)."""
@@ -116,14 +124,23 @@ class TrainEngine:
     def step(self, lr: float) -> float:
         """One optimizer step at learning rate `lr`; returns the all-rank gradient norm before clipping.
 
-        Raises EngineError where that is not finite; no weight has moved then (above stage 0 DeepSpeed skips the step).
+        Raises EngineError where that is not finite; no weight has moved then.
         """
+        norm = self.step_within(lr, FINITE)
+        if not math.isfinite(norm):
+            raise EngineError(
+                f"the gradient norm is {norm}, so no step was taken; look at the batch's scores and rewards, lower lr"
+            )
+        return norm
+
+    def step_within(self, lr: float, limit: float) -> float:
+        """As `step`, but where the norm is above `limit` or not finite no weight and no moment has moved, and nothing
+        is raised."""
+        self._limit = min(limit, FINITE)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        norm = float(self._grad_norm if self.stage == 0 else self._engine.get_global_grad_norm())
-        _require_finite(norm)
-        return norm
+        return self._grad_norm if self.stage == 0 else float(self._engine.get_global_grad_norm())
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor in the training dtype) of every parameter, one at a time. A collective at stage 3."""
@@ -220,10 +237,3 @@ def _cast_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:
     reference and the scorers, the more so the later the position."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _require_finite(norm: float) -> None:
-    if not math.isfinite(norm):
-        raise EngineError(
-            f"the gradient norm is {norm}, so no step was taken; look at the batch's scores and rewards, or lower lr"
-        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,40 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cluster.algo.losses import value_loss
-from rlhf_cluster.config import PPOConfig
-from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.config import GuardrailsConfig, PPOConfig
+from rlhf_cluster.engine.engine import EngineError, TrainEngine
 from rlhf_cluster.learner.experience import Experience
 from rlhf_cluster.learner.statistics import Tally, explained_variance, tally_values
 from rlhf_cluster.models.batching import PackedBatch
 from rlhf_cluster.models.score_head import ScalarHeadModel, save_scalar_head_model
+
+
+@dataclass(frozen=True)
+class Step:
+    """The gradient norm before clipping, and whether the optimizer's step was taken."""
+
+    norm: float
+    taken: bool
+
+    def tally(self, tally: Tally, model: str) -> None:
+        """A norm that is not finite counts as a step left out alone: no mean has room for it."""
+        if math.isfinite(self.norm):
+            tally.mean(f"{model}/grad_norm", self.norm, 1)
+            tally.top(f"{model}/grad_norm_max", self.norm)
+        tally.mean(f"{model}/steps_skipped", float(not self.taken), 1)
+
+
+def guarded_step(engine: TrainEngine, rate: float, guardrails: GuardrailsConfig) -> Step:
+    """An optimizer step that a gradient beyond its rail does not make; one that is not finite never does, and raises
+    EngineError unless such steps are to be left out. A collective."""
+    rail = guardrails.grad_norm
+    limit = rail.limit if rail.limit and rail.action != "warn" else math.inf
+    if guardrails.not_finite == "stop" and limit == math.inf:
+        return Step(engine.step(rate), True)
+    norm = engine.step_within(rate, limit)
+    if not math.isfinite(norm) and guardrails.not_finite == "stop":
+        raise EngineError(f"the gradient norm is {norm}, so no step was taken (ppo.guardrails.not_finite=stop)")
+    return Step(norm, norm <= limit and math.isfinite(norm))
 
 
 class Critic:
@@ -49,8 +79,8 @@ class Critic:
         tally.mean("critic/vf_loss", loss.loss_sum.detach(), count)
         tally.mean("critic/vf_clipfrac", loss.vf_clipfrac_sum, count)
 
-    def step(self, rate: float, tally: Tally) -> None:
-        tally.mean("critic/grad_norm", self.engine.step(rate), 1)
+    def step(self, rate: float, guardrails: GuardrailsConfig, tally: Tally) -> None:
+        guarded_step(self.engine, rate, guardrails).tally(tally, "critic")
         tally.top("critic/lr", rate)
 
     def judged(self, experience: Experience, tally: Tally) -> Mapping[str, float]:
@@ -76,7 +106,7 @@ class NoCritic:
     def gradient(self, *_: object) -> None:
         """Nothing learns."""
 
-    def step(self, rate: float, tally: Tally) -> None:
+    def step(self, rate: float, guardrails: GuardrailsConfig, tally: Tally) -> None:
         """Nothing moves."""
 
     def judged(self, experience: Experience, tally: Tally) -> Mapping[str, float]:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
-from rlhf_cluster.config import LearnerConfig, ModelConfig
+from rlhf_cluster.config import GuardrailsConfig, LearnerConfig, ModelConfig
 from rlhf_cluster.engine.average import WeightAverage
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
-from rlhf_cluster.learner.critic import Critic, NoCritic
+from rlhf_cluster.learner.critic import Critic, NoCritic, Step, guarded_step
 from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
@@ -68,12 +68,12 @@ class ActorCritic:
                 value = ScalarHeadModel.from_directory(critic_path, None, attention)
             self.critic = Critic(value, TrainEngine(value, cfg.engine, cfg.critic, dtype, ranks))
 
-    def step_policy(self, rate: float) -> float:
-        """One optimizer step, which the average follows; returns the gradient norm. A collective."""
-        norm = self.policy.step(rate)
-        if self.average is not None:
+    def step_policy(self, rate: float, guardrails: GuardrailsConfig) -> Step:
+        """One optimizer step, which the average follows. A collective."""
+        step = guarded_step(self.policy, rate, guardrails)
+        if step.taken and self.average is not None:
             self.average.update()
-        return norm
+        return step
 
     @property
     def engines(self) -> dict[str, TrainEngine]:

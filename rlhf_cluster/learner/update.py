@@ -70,15 +70,17 @@ class Updater:
         self._tally = Tally()
         self._seconds: dict[str, float] = defaultdict(float)
 
-    def run(self, plan: BatchPlan, seed: int, weight_version: int, rates: StepRates, step: int) -> dict[str, float]:
-        """All epochs over all minibatches; returns the batch's metrics over all ranks."""
+    def run(
+        self, plan: BatchPlan, seed: int, weight_version: int, rates: StepRates, step: int, learn: bool = True
+    ) -> dict[str, float]:
+        """All epochs over all minibatches, or none where it is not to `learn`; the batch's metrics over all ranks."""
         tally_experience(self._tally, self._experience, weight_version)
         judged = self._models.critic.judged(self._experience, self._tally)
         own = [[self._experience.index[i] for i in ids if i in self._experience.index] for ids in plan.minibatches]
         sizes = self._sizes(own)
         minibatches = [minibatch for order in plan.orders(self._cfg.epochs, seed) for minibatch in order]
-        done = 0
-        for done, minibatch in enumerate(minibatches, start=1):
+        todo, done = minibatches if learn else [], 0
+        for done, minibatch in enumerate(todo, start=1):
             if not sizes[minibatch].responses:
                 continue  # the batch runs short: all of its rows have failed
             if self._mix is not None and rates.policy:
@@ -108,8 +110,8 @@ class Updater:
             self._value_gradient(batch, rows, size)
         start = time.perf_counter()
         if rates.policy:
-            self._tally.mean("actor/grad_norm", self._models.step_policy(rates.policy), 1)
-        self._models.critic.step(rates.critic, self._tally)
+            self._models.step_policy(rates.policy, self._cfg.guardrails).tally(self._tally, "actor")
+        self._models.critic.step(rates.critic, self._cfg.guardrails, self._tally)
         self._seconds["optimizer"] += time.perf_counter() - start
         return float(self._models.ranks.sum(torch.tensor(moved, dtype=torch.float64))) / size.tokens
 

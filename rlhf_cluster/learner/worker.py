@@ -141,7 +141,7 @@ class LearnerWorker:
         experience = make_experience(rows, self._ppo, controls, self._ranks, longest)
         rates = self._rates(step)
         updater = Updater(self._models, experience, self._ppo, self._generation, self._mix)
-        metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates, step)
+        metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates, step, controls.learn)
         metrics |= seconds_by_part({"evaluate": batch.seconds})
         self._version = step + 1
         self._last = UpdateStats(step, self._version, metrics)
@@ -187,10 +187,10 @@ class LearnerWorker:
         return [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
 
     def load(self, directory: str, version: int) -> None:
-        """Restores what `save` wrote below `directory`; the policy is then `version`, and no batch is open."""
+        """Restores what `save` wrote below `directory`; the policy is then `version`, and older batches are closed."""
         load_state(self._models.engines, Path(directory) / "state", self._models.average)
         self._version = version
-        self._open.clear()
+        self._open = {step: batch for step, batch in self._open.items() if step >= version}
         self._last = None
 
 

@@ -121,12 +121,24 @@ def one_case(stage: int, dtype: str, ranks: Ranks, state: Path) -> dict[str, Any
         refused = "nothing"
     except EngineError as error:
         refused = str(error)
+    spiked = start(stage, dtype, ranks)
+    advance(spiked, range(1))
+    before_spike, steps_before = dict(spiked.full_state()), spiked.optimizer_steps
+    before_spike = {name: {key: t.clone() for key, t in state.items()} for name, state in before_spike.items()}
+    spiked.backward(1000.0 * spiked(torch.ones(1, 8, dtype=spiked.dtype)).float().sum())
+    spike = spiked.step_within(LR, 10.0)
+    moved_by_spike = max(distance(state, before_spike[name]) for name, state in spiked.full_state())
+    calm = advance(spiked, range(1, 2))[0]
     tiny_steps = start(stage, dtype, ranks)
     advance(tiny_steps, range(STEPS), lr=1e-6)
     return {
         "distance": distance(weights(engine), dict(reference.named_parameters())),
         "norm_error": max(abs(a - b) / b for a, b in zip(norms, expected_norms, strict=True)),
         "refused": refused,
+        "spike": spike,
+        "moved_by_spike": moved_by_spike,
+        "steps_by_spike": spiked.optimizer_steps - steps_before,
+        "calm_error": abs(calm - norms[1]) / norms[1],
         "moved_by_nan": distance(begun, masters(broken)),
         "rounded_at_start": distance(begun, dict(network().named_parameters())),
         "moved": distance(begun, masters(engine)),
@@ -199,6 +211,17 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_said(
     case = found[world][f"{stage} {dtype}"]
     assert re.match(r"the gradient norm is (nan|inf|-inf), so no step was taken", case["refused"]), case["refused"]
     assert case["moved_by_nan"] == 0.0
+
+
+@pytest.mark.parametrize(("world", "stage", "dtype"), CASES)
+def test_a_gradient_beyond_the_limit_moves_nothing_and_the_next_step_is_as_ever(
+    found: dict[int, Any], world: int, stage: int, dtype: str
+) -> None:
+    """Neither weights nor moments, and of the two steps one is counted."""
+    case = found[world][f"{stage} {dtype}"]
+    assert case["spike"] > 10.0
+    assert case["moved_by_spike"] == 0.0 and case["steps_by_spike"] == 1
+    assert case["calm_error"] < (1e-5 if dtype == "float32" else 5e-3)
 
 
 @pytest.mark.parametrize(("world", "stage", "dtype"), CASES)

@@ -86,6 +86,7 @@ class Scene:
                 RolloutLog(directory / "rollouts"),
                 Checkpoints(directory / "checkpoints"),
                 lambda step, batch: None,
+                lambda sentence: None,
             )
             await ppo.train(rooms, PromptOrder(self.prompts, self.cfg.seed), self.cfg.ppo, log, start)
         records = read_metrics(directory / "metrics.jsonl")

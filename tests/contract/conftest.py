@@ -72,6 +72,9 @@ class OneLearner:
         assert snapshot is not None
         check(snapshot)
 
+    async def load(self, directory: Path, version: int) -> None:
+        self.worker.load(str(directory), version)
+
     async def save(self, directory: Path) -> None:
         self.worker.save(str(directory))
 

@@ -142,6 +142,8 @@ class FakeLearner:
     most_open: int = 0
     published: list[int] = field(default_factory=list)
     controls: list[Controls] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    told: dict[int, dict[str, float]] = field(default_factory=dict)  # further metrics of an update, by step
     last: UpdateStats | None = None
 
     async def begin(self, step: int, sample_ids: Sequence[str]) -> None:
@@ -185,7 +187,7 @@ class FakeLearner:
         self.staleness[step] = self.version - min(int(v.min()) for v in rows.weight_versions)
         self.controls.append(controls)
         self.version = step + 1
-        metrics = {"objective/kl": 0.5, "critic/score/mean": float(rows.score.mean())}
+        metrics = {"objective/kl": 0.5, "critic/score/mean": float(rows.score.mean())} | self.told.get(step, {})
         self.last = UpdateStats(step, self.version, metrics)
         return self.last
 
@@ -194,6 +196,12 @@ class FakeLearner:
         if version != self.version:
             raise OutOfTurn(f"asked to publish version {version} of a policy of version {self.version}")
         self.published.append(version)
+
+    async def load(self, directory: Path, version: int) -> None:
+        self.events("load", version)
+        self.loaded.append((directory / "policy" / "weights").read_text())
+        self.open = {step: batch for step, batch in self.open.items() if step >= version}
+        self.version, self.last = version, None
 
     async def save(self, directory: Path) -> None:
         self.events("save", self.version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from fakes import Broken, Events, FakeRooms, as_they_came, prompts, shuffled
 
 from rlhf_cluster import ppo
 from rlhf_cluster.algo.admission import Batch
-from rlhf_cluster.config import AdvantageConfig, KLConfig, PPOConfig
+from rlhf_cluster.config import AdvantageConfig, GuardrailsConfig, KLConfig, PPOConfig, RailConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.records import Controls, ReferencedRollouts, Rollouts, ScoredRollouts, Scores
 from rlhf_cluster.storage.checkpoints import Checkpoints
@@ -34,6 +35,7 @@ class RunOfLoop:
     directory: Path
     fakes: FakeRooms = field(default_factory=FakeRooms)
     shown: list[int] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # tasks that were still pending when `train` ended
 
     def __call__(self, start: ppo.Start = ppo.AT_FIRST, **changed: Any) -> RunOfLoop:
@@ -51,7 +53,13 @@ class RunOfLoop:
         with MetricsLog([JsonlSink(self.directory / "metrics.jsonl")], warn=fail) as metrics:
             timer = Timer(Timeline(), "ppo")
             log = ppo.Log(
-                metrics, timer, self.rollouts, self.checkpoints, show, lambda rows: {"objective/rows": len(rows)}
+                metrics,
+                timer,
+                self.rollouts,
+                self.checkpoints,
+                show,
+                self.warned.append,
+                lambda rows: {"objective/rows": len(rows)},
             )
             try:
                 async with asyncio.timeout(20):
@@ -409,3 +417,61 @@ def test_parts_of_the_score_are_logged(tmp_path: Path) -> None:
     fakes.reward.score = in_parts  # type: ignore[method-assign]
     metrics = RunOfLoop(tmp_path, fakes)().metrics[0].metrics
     assert (metrics["reward/style"], metrics["reward_s/style"]) == (2.0, 0.25)
+
+
+def rail(**rails: RailConfig) -> dict[str, Any]:
+    return {"guardrails": GuardrailsConfig(**rails)}
+
+
+def test_a_rail_that_warns_changes_nothing_else(tmp_path: Path) -> None:
+    """The fake's reference is half a nat away at each token."""
+    run = RunOfLoop(tmp_path)(**rail(kl=RailConfig(0.4)))
+    assert run.fakes.learner.trained == {step: members(step) for step in range(STEPS)}
+    assert all(controls.learn for controls in run.fakes.learner.controls)
+    assert len(run.warned) == STEPS and re.match(r"iteration 1: guardrail kl \(warn\): [\d.]+ nats per", run.warned[0])
+    assert all(entry.metrics["guard/kl"] == 1.0 for entry in run.metrics)
+
+
+def test_a_rail_that_skips_lets_the_batch_be_looked_at(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)(**rail(entropy=RailConfig(99.0, "skip")))
+    assert [controls.learn for controls in run.fakes.learner.controls] == [False] * STEPS
+    assert run.fakes.learner.published == list(range(1, STEPS + 1))  # versions count on
+
+
+def test_a_rail_that_stops_names_itself_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)
+    run.fakes.learner.told[2] = {"actor/pg_clipfrac": 0.9}
+    with pytest.raises(BaseExceptionGroup) as raised:
+        run(save_every=1, **rail(clipfrac=RailConfig(0.5, "stop")))
+    (error,) = leaves(raised.value)
+    assert isinstance(error, ppo.GuardrailError)
+    words = "iteration 3 was stopped by ppo.guardrails (clipfrac: 0.9 of the tokens were clipped; the limit is 0.5)"
+    assert str(error) == words
+    last = run.checkpoints.latest()
+    assert last is not None and last.step == 2 and run.left == []
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_rail_that_rolls_back_goes_on_from_the_last_checkpoint(tmp_path: Path, max_staleness: int) -> None:
+    run = RunOfLoop(tmp_path)
+    run.fakes.learner.told[3] = {"actor/grad_norm_max": 100.0}
+    run(save_every=2, max_staleness=max_staleness, **rail(grad_norm=RailConfig(50.0, "rollback")))
+    learner = run.fakes.learner
+    assert learner.loaded == ["version 2"]
+    assert run.fakes.events.of("load", "publish")[3:5] == [("load", 4), ("publish", 4)]  # version 4 is what 2 was
+    assert learner.trained.keys() == set(range(STEPS))
+    assert run.warned[-1] == "iteration 4: the policy is that of the checkpoint of iteration 2 again"
+
+
+def test_without_a_checkpoint_a_rollback_is_the_end(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)
+    run.fakes.learner.told[0] = {"actor/grad_norm_max": 100.0}
+    with pytest.raises(BaseExceptionGroup) as raised:
+        run(save_every=2, **rail(grad_norm=RailConfig(50.0, "rollback")))
+    assert str(next(leaves(raised.value))).endswith("and there is no checkpoint yet to go back to")
+
+
+def test_the_first_length_is_kept_by_the_checkpoint(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)()
+    last = run.checkpoints.latest()
+    assert last is not None and ppo.resume(last.path).guardrails["first_length"] > 0

@@ -301,3 +301,22 @@ def test_patience_has_its_bounds(key: str, value: int) -> None:
 def test_dynamic_sampling_needs_groups() -> None:
     with pytest.raises(ConfigError, match=r"ppo\.dynamic_sampling=true, but ppo\.advantage\.kind=gae compares no"):
         load(["ppo.dynamic_sampling=true"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["ppo.guardrails.kl.action=halt"],
+            r"ppo\.guardrails\.kl\.action=halt: it must be one of warn, skip, rollback",
+        ),
+        (["ppo.guardrails.clipfrac.action=skip"], r"clipfrac\.action=skip: it must be one of warn, rollback, stop"),
+        (["ppo.guardrails.kl={limit: 9, action: rollback}"], r"kl\.action=rollback, but ppo\.save_every=0 leaves no"),
+        (["ppo.guardrails.length.limit=0.5"], r"ppo\.guardrails\.length\.limit=0\.5: a factor above 1, or 0 for none"),
+        (["ppo.guardrails.kl.limit=5", "kl=none"], r"kl\.limit=5\.0, but ppo\.kl\.kind=none starts no reference"),
+        (["ppo.guardrails.entropy.limit=-1"], r"entropy\.limit=-1\.0: it must not be negative"),
+    ],
+)
+def test_a_rail_that_cannot_hold_is_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load(overrides)

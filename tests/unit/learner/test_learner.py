@@ -16,12 +16,14 @@ from rlhf_cluster.config import (
     AdvantageConfig,
     EngineConfig,
     GenerationConfig,
+    GuardrailsConfig,
     KLConfig,
     LearnerConfig,
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
     PTXConfig,
+    RailConfig,
     RewardConfig,
 )
 from rlhf_cluster.engine.ranks import Ranks
@@ -461,3 +463,27 @@ def test_a_minibatch_of_which_all_failed_is_passed_over(start: Start) -> None:
         np.mean([score for i, score in zip(rows().sample_id, rows().score, strict=True) if i in plan[1]])
     )
     assert np.isfinite(list(found.values())).all() and found["actor/grad_norm"] > 0
+
+
+def test_a_batch_that_is_only_looked_at_moves_nothing(start: Start) -> None:
+    worker, other = start(), start()
+    before = weights(worker)
+    found = updated(worker, Controls(0.02, learn=False))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(worker).items())
+    assert found["objective/kl"] == pytest.approx(updated(other)["objective/kl"])
+    assert found["actor/minibatches_done"] == 0 and "actor/grad_norm" not in found
+    assert worker._version == 1
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
+def test_a_step_beyond_its_rail_is_not_taken(start: Start, action: str) -> None:
+    rails = GuardrailsConfig(grad_norm=RailConfig(1e-6, action))
+    worker = start(guardrails=rails)
+    before = weights(worker)
+    found = updated(worker)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(worker).items())
+    assert found["actor/steps_skipped"] == found["critic/steps_skipped"] == 1.0
+    assert found["actor/grad_norm_max"] > 1e-6
+    warned = start(guardrails=GuardrailsConfig(grad_norm=RailConfig(1e-6, "warn")))
+    assert updated(warned)["actor/steps_skipped"] == 0.0
+    assert distance(warned, worker) > 1e-4

@@ -1,0 +1,95 @@
+"""Limits that a run is kept within, and what is done where one is passed: warn, skip the update, roll back, or stop.
+
+Looks at each batch before its update (KL, entropy, lengths) and at what the update says of itself after (clip fraction,
+gradient norms); gives alarms, and leaves it to the loop to act. A gradient beyond its limit is kept from the weights by
+the learner, inside the optimizer's step. It knows neither rooms nor configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
+
+ACTIONS = ("warn", "skip", "rollback", "stop")  # the later one wins where several are due
+
+
+@dataclass(frozen=True)
+class Rail:
+    """A limit (0: not watched) and what is done beyond it."""
+
+    limit: float = 0.0
+    action: str = "warn"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A rail that was passed."""
+
+    name: str
+    action: str
+    sentence: str
+
+
+def gravest(alarms: Sequence[Alarm]) -> str:
+    """The action that is due; empty without an alarm."""
+    return max((alarm.action for alarm in alarms), key=ACTIONS.index, default="")
+
+
+class Guardrails:
+    """One rail for each of `kl`, `entropy`, `length`, `clipfrac` and `grad_norm`."""
+
+    def __init__(self, rails: Mapping[str, Rail]) -> None:
+        self._rails = rails
+        self._first_length = 0.0  # mean response length of the first batch, which drift is measured from
+
+    def before(self, batch: ScoredRollouts) -> list[Alarm]:
+        """Of a batch that is about to be trained on. KL in nats per response, entropy in nats per token, both estimated
+        from the sampled tokens; the length as a factor of the first batch's, either way."""
+        tokens = np.concatenate(batch.rollout_logprobs)
+        length = float(len(tokens)) / len(batch)
+        self._first_length = self._first_length or length
+        drift = max(length / self._first_length, self._first_length / length)
+        found = [
+            self._above("length", drift, f"times the first length: {length:.1f} tokens, then {self._first_length:.1f}"),
+            self._below("entropy", -float(tokens.mean(dtype=np.float64)), "nats per token of the policy's entropy"),
+        ]
+        if isinstance(batch, ReferencedRollouts):
+            apart = tokens - np.concatenate(batch.ref_logprobs)
+            kl = float(apart.sum(dtype=np.float64)) / len(batch)
+            found.append(self._above("kl", kl, "nats per response from the reference"))
+        return [alarm for alarm in found if alarm is not None]
+
+    def after(self, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Of an update that was made: the learner's own metrics."""
+        norm = max(metrics.get("actor/grad_norm_max", 0.0), metrics.get("critic/grad_norm_max", 0.0))
+        found = [
+            self._above("clipfrac", metrics.get("actor/pg_clipfrac", 0.0), "of the tokens were clipped"),
+            self._above("grad_norm", norm, "is the largest gradient norm of a step"),
+        ]
+        return [alarm for alarm in found if alarm is not None]
+
+    def state(self) -> dict[str, float]:
+        """All that `restore` needs."""
+        return {"first_length": self._first_length}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        self._first_length = state.get("first_length", 0.0)
+
+    def _above(self, name: str, value: float, words: str) -> Alarm | None:
+        rail = self._rails.get(name, Rail())
+        passed = rail.limit > 0 and not value <= rail.limit  # a NaN has passed every limit
+        return Alarm(name, rail.action, f"{_number(value)} {words}; the limit is {rail.limit:g}") if passed else None
+
+    def _below(self, name: str, value: float, words: str) -> Alarm | None:
+        rail = self._rails.get(name, Rail())
+        passed = rail.limit > 0 and not value >= rail.limit
+        return Alarm(name, rail.action, f"{_number(value)} {words}; the least is {rail.limit:g}") if passed else None
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else str(value)

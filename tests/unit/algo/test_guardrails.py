@@ -1,0 +1,94 @@
+"""Which limits a batch or an update passes, in which words, and what is due then."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from rlhf_cluster.algo.guardrails import ACTIONS, Alarm, Guardrails, Rail, gravest
+from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
+
+
+def batch(logprobs: list[list[float]], apart: float = 0.0) -> ReferencedRollouts:
+    """Each token `apart` nats from the reference."""
+    count = len(logprobs)
+    return ReferencedRollouts.of(
+        {
+            "prompt_id": ["p"] * count,
+            "prompt_ids": [[1]] * count,
+            "step": [0] * count,
+            "sample_index": list(range(count)),
+            "sample_id": [f"0/p/{i}" for i in range(count)],
+            "seed": [0] * count,
+            "response_ids": [[2] * len(own) for own in logprobs],
+            "rollout_logprobs": logprobs,
+            "weight_versions": [[0] * len(own) for own in logprobs],
+            "finish_reason": ["stop"] * count,
+            "temperature": [1.0] * count,
+            "incarnation": ["test"] * count,
+            "score": [0.0] * count,
+            "failure": [""] * count,
+            "ref_logprobs": [[value - apart for value in own] for own in logprobs],
+        }
+    )
+
+
+def named(alarms: list[Alarm]) -> dict[str, tuple[str, str]]:
+    return {alarm.name: (alarm.action, alarm.sentence) for alarm in alarms}
+
+
+def test_nothing_is_watched_by_default() -> None:
+    rails = Guardrails({})
+    assert rails.before(batch([[-9.0] * 50], apart=99.0)) == []
+    assert rails.after({"actor/pg_clipfrac": 1.0, "actor/grad_norm_max": 1e9}) == []
+
+
+def test_kl_by_hand() -> None:
+    """Two responses of 3 and 1 tokens, 2 nats apart at each: 8 nats over 2."""
+    rails = Guardrails({"kl": Rail(3.9, "stop")})
+    found = named(rails.before(batch([[-1.0] * 3, [-1.0]], apart=2.0)))
+    assert found == {"kl": ("stop", "4 nats per response from the reference; the limit is 3.9")}
+    assert Guardrails({"kl": Rail(4.0)}).before(batch([[-1.0] * 3, [-1.0]], apart=2.0)) == []
+
+
+def test_without_a_reference_there_is_no_kl() -> None:
+    rows = ScoredRollouts(batch([[-1.0]], apart=5.0).table.drop_columns(["ref_logprobs"]))
+    assert Guardrails({"kl": Rail(0.1)}).before(rows) == []
+
+
+def test_entropy_by_hand() -> None:
+    """Tokens, not responses: -(-1 - 1 - 1 - 3) / 4 = 1.5."""
+    rows = batch([[-1.0] * 3, [-3.0]])
+    found = named(Guardrails({"entropy": Rail(2.0)}).before(rows))
+    assert found == {"entropy": ("warn", "1.5 nats per token of the policy's entropy; the least is 2")}
+    assert Guardrails({"entropy": Rail(1.5)}).before(rows) == []
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_lengths_drift_either_way_from_the_first_also_after_a_restart(length: int) -> None:
+    rails = Guardrails({"length": Rail(2.0, "skip")})
+    assert rails.before(batch([[-1.0] * 3])) == []
+    assert rails.before(batch([[-1.0] * 6])) == []
+    again = Guardrails({"length": Rail(2.0, "skip")})
+    again.restore(rails.state())
+    found = named(again.before(batch([[-1.0] * length])))
+    assert found == {"length": ("skip", f"3 times the first length: {length:.1f} tokens, then 3.0; the limit is 2")}
+
+
+def test_what_the_update_says_of_itself() -> None:
+    rails = Guardrails({"clipfrac": Rail(0.3), "grad_norm": Rail(5.0, "rollback")})
+    assert rails.after({"actor/pg_clipfrac": 0.3, "actor/grad_norm_max": 5.0, "critic/grad_norm_max": 1.0}) == []
+    found = named(rails.after({"actor/pg_clipfrac": 0.4, "actor/grad_norm_max": 1.0, "critic/grad_norm_max": 7.0}))
+    assert found["clipfrac"] == ("warn", "0.4 of the tokens were clipped; the limit is 0.3")
+    assert found["grad_norm"] == ("rollback", "7 is the largest gradient norm of a step; the limit is 5")
+
+
+def test_what_is_not_a_number_has_passed_every_limit() -> None:
+    assert named(Guardrails({"clipfrac": Rail(0.3)}).after({"actor/pg_clipfrac": math.nan}))["clipfrac"][1][:3] == "nan"
+
+
+def test_the_gravest_action_is_due() -> None:
+    alarms = [Alarm("a", "skip", ""), Alarm("b", "rollback", ""), Alarm("c", "warn", "")]
+    assert gravest(alarms) == "rollback" and gravest([]) == ""
+    assert ACTIONS == ("warn", "skip", "rollback", "stop")
