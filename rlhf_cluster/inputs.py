@@ -55,7 +55,7 @@ def load_inputs(cfg: RunConfig) -> Inputs:
     tokenizer = load_tokenizer(base_path, cfg.model.chat_template)
     inputs = encode(load_corpus(cfg.data, cfg.seed), cfg, base_path, tokenizer)
     _require_data(cfg, inputs)
-    if "ppo" in cfg.stages:
+    if "ppo" in cfg.stages or cfg.sft.select == "reward":
         _require_rewards(cfg, inputs)
     if {"rm", "dpo"} & set(cfg.stages) and cfg.rm.ranking.labeler == "exact":
         _require_answers("rm.ranking.labeler=exact", cfg.data.answer_column, inputs)
@@ -86,8 +86,10 @@ def encode(corpus: Corpus, cfg: RunConfig, base_path: Path, tokenizer: Any) -> I
 
 
 def _pretraining(cfg: RunConfig, tokenizer: Any) -> Pretraining:
-    """Text for PPO-ptx, where it is mixed in."""
-    if "ppo" not in cfg.stages or not cfg.ppo.ptx.coef:
+    """Text, where SFT or PPO mixes it in."""
+    in_sft = "sft" in cfg.stages and cfg.sft.pretraining_share
+    in_ppo = "ppo" in cfg.stages and cfg.ppo.ptx.coef
+    if not (in_sft or in_ppo):
         return Pretraining.empty()
     path, tokens = cfg.data.pretraining, cfg.ppo.ptx.tokens or cfg.model.context
     return pack_texts(read_texts(path), tokenizer, tokens, Place(path))
@@ -100,7 +102,7 @@ def _require_models(cfg: RunConfig, base_path: Path) -> None:
     layers, vocabulary = base.num_hidden_layers, base.vocab_size
     if "rm" in cfg.stages and cfg.rm.layers > layers:
         raise ConfigError(f"rm.layers={cfg.rm.layers}, but {base_path} has {layers} layers; lower it, or 0 for all")
-    if "ppo" not in cfg.stages:
+    if "ppo" not in cfg.stages and cfg.sft.select != "reward":
         return
     given = {}
     for name, part in part_names(cfg.reward).items():
@@ -173,6 +175,10 @@ def _require_data(cfg: RunConfig, inputs: Inputs) -> None:
         if not count:
             dropped = f"; dropped: {inputs.dropped}" if inputs.dropped else ""
             raise ConfigError(f"stage {stage} has no {what} to learn from: data.source={cfg.data.source}{dropped}")
+    if "sft" in cfg.stages and cfg.sft.select == "reward" and not len(inputs.heldout_prompts):
+        raise ConfigError(
+            "sft.select=reward scores samples for held-out prompts, and there are none; give data.prompts"
+        )
     if "ppo" in cfg.stages and len(inputs.heldout_prompts) < 2:
         raise ConfigError(
             f"{len(inputs.heldout_prompts)} held-out prompts are left of "

@@ -6,10 +6,12 @@ last checkpoint. This module wires; what is learnt stands in `sft.py`, `rm.py` a
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,14 @@ import pyarrow.parquet as pq
 
 from rlhf_cluster import dpo, ppo, rm, sft
 from rlhf_cluster.algo.admission import Batch
-from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, open_generation, open_rooms
+from rlhf_cluster.cluster.placement import (
+    Attempt,
+    OpenRooms,
+    PPOInputs,
+    open_generation,
+    open_judges,
+    open_rooms,
+)
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.cluster.train import train_on_ranks
 from rlhf_cluster.config import ConfigError, Resources, RunConfig, differences, load_file, to_yaml
@@ -28,7 +37,7 @@ from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, sample_hel
 from rlhf_cluster.inputs import Inputs, load_inputs
 from rlhf_cluster.interrupts import run_async
 from rlhf_cluster.ranking import Judge, RankingError, rank_samples, split_comparisons
-from rlhf_cluster.records import Comparisons, ReferencedRollouts, Rollouts, ScoredRollouts
+from rlhf_cluster.records import Comparisons, Pretraining, ReferencedRollouts, Rollouts, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.durable import StorageError, replace_text
 from rlhf_cluster.storage.rollout_log import RolloutLog
@@ -44,6 +53,7 @@ from rlhf_cluster.telemetry.timer import Timeline, Timer
 
 COMPARISONS_FILE = "comparisons.parquet"
 SHOWN = 5  # differences from a run's config that a sentence names
+SELECTION_STEP = -2  # the label of the batch that SFT's epochs are told apart by
 HELDOUT_STEP = -1  # the label of the held-out batch: the same seeds before and after, never a training step
 
 
@@ -157,6 +167,8 @@ def roles_at_once(cfg: RunConfig) -> dict[str, dict[str, Resources]]:
         },
     }
     of_run = {stage: roles for stage, roles in together.items() if stage in cfg.stages}
+    if sft.STAGE in cfg.stages and cfg.sft.select == "reward":
+        of_run["selection"] = {"generation": cfg.generation.resources, "reward": cfg.reward.resources}
     if {rm.STAGE, dpo.STAGE} & set(cfg.stages) and cfg.rm.ranking.labeler:
         of_run["ranking"] = {"generation": cfg.generation.resources}
     return of_run
@@ -180,10 +192,43 @@ def run_sft(run: Run) -> None:
         return
     run.metrics.cut(sft.STAGE, 0)
     with run.directory.commit_stage(sft.STAGE) as output:
+        inputs = run.inputs
+        text = inputs.pretraining if run.cfg.sft.pretraining_share else Pretraining.empty()
         job = sft.SFTJob(
-            run.cfg.sft, run.cfg.model, run.cfg.seed, run.inputs.base_path, run.inputs.demonstrations, output / "policy"
+            run.cfg.sft,
+            run.cfg.model,
+            run.cfg.seed,
+            inputs.base_path,
+            inputs.demonstrations,
+            output / "policy",
+            text,
         )
         _on_ranks(run, sft.STAGE, sft.train, job, run.cfg.sft.resources)
+        if run.cfg.sft.select == "reward":
+            _select_epoch(run, job)
+
+
+def _select_epoch(run: Run, job: sft.SFTJob) -> None:
+    """The epoch whose samples score highest becomes SFT's policy; a loss on held-out demonstrations would choose too
+    early (InstructGPT C.1)."""
+    epochs = range(1, run.cfg.sft.epochs + 1)
+    scores = {epoch: run_async(partial(_mean_score, run, job.epoch_output(epoch))) for epoch in epochs}
+    for epoch, score in scores.items():
+        run.metrics.log(sft.STAGE, job.steps() // len(epochs) * epoch, {"sft/heldout_score": score})
+    best = max(scores, key=lambda epoch: scores[epoch])
+    told = ", ".join(f"{epoch}: {score:+.3f}" for epoch, score in scores.items())
+    run.progress.note(f"sft: the policy of epoch {best} goes on; mean scores by epoch: {told}")
+    job.epoch_output(best).rename(job.output)
+    for epoch in epochs:
+        shutil.rmtree(job.epoch_output(epoch), ignore_errors=epoch == best)
+
+
+async def _mean_score(run: Run, policy: Path) -> float:
+    cfg, prompts = run.cfg, run.inputs.heldout_prompts
+    members = heldout_members(prompts, SELECTION_STEP, cfg.evaluation.samples_per_prompt, cfg.seed)
+    async with open_judges(cfg, run.attempt, policy) as (generation, reward):
+        scores = [await reward.score(rollouts) async for rollouts in generation.sample(members)]
+    return float(np.mean(np.concatenate([part.score for part in scores])))
 
 
 def _on_ranks(
@@ -294,7 +339,8 @@ async def _run_ppo(run: Run) -> None:
     reward_model = Path(cfg.reward.path) if cfg.reward.path else trained / "reward_model" if trained else None
     reference = Path(cfg.reference.path) if cfg.reference.path else run.ppo_policy
     run.progress.note("ppo: starting generation, reward, reference and learner workers")
-    inputs = PPOInputs(run.ppo_policy, reference, reward_model, run.inputs.pretraining)
+    text = run.inputs.pretraining if cfg.ppo.ptx.coef else Pretraining.empty()
+    inputs = PPOInputs(run.ppo_policy, reference, reward_model, text)
     async with open_rooms(cfg, run.attempt, inputs) as opened:
         start = await _resume(run, opened, checkpoints)
         before = await _before(run, opened)

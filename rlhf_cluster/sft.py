@@ -1,7 +1,8 @@
 """Stage 1: supervised fine-tuning on demonstrations (InstructGPT section 3.5, C.1).
 
 The loss is on response tokens only, with EOS as a label; a cosine schedule down to a tenth; several demonstrations
-share a row, kept apart by their positions. Every rank runs `train`; Ray Train starts them, DeepSpeed is the engine.
+share a row, kept apart by their positions. Text may be mixed in, of which every token is a label (C.3). Every rank runs
+`train`; Ray Train starts them, DeepSpeed is the engine.
 """
 
 from __future__ import annotations
@@ -9,23 +10,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
 from rlhf_cluster.algo.losses import sft_loss
 from rlhf_cluster.config import ModelConfig, SFTConfig
+from rlhf_cluster.data.seeded import EndlessOrder
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.schedule import learning_rate
 from rlhf_cluster.models.batching import filled_up, micro_batches, pack, singles
 from rlhf_cluster.models.forward import PolicyModule
-from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype, save_policy
+from rlhf_cluster.models.load import (
+    add_residual_dropout,
+    load_policy,
+    resolve_attention,
+    resolve_dtype,
+    save_policy,
+)
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import Demonstrations
+from rlhf_cluster.records import Demonstrations, Pretraining
 
 STAGE = "sft"
 Report = Callable[[int, Mapping[str, float]], None]
@@ -41,6 +51,21 @@ class SFTJob:
     base_path: Path
     demonstrations: Demonstrations
     output: Path
+    pretraining: Pretraining = field(default_factory=Pretraining.empty)  # mixed in where `pretraining_share` is not 0
+
+    @cached_property
+    def sequences(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(prompts, responses): the demonstrations, and after them the blocks of text, of which all but the first token
+        is to be said."""
+        blocks = self.pretraining.token_ids
+        prompts = [*self.demonstrations.prompt_ids, *(block[:1] for block in blocks)]
+        return prompts, [*self.demonstrations.response_ids, *(block[1:] for block in blocks)]
+
+    @property
+    def texts_per_step(self) -> int:
+        """Blocks of text beside a step's `batch_size` sequences of demonstrations."""
+        share = self.cfg.pretraining_share
+        return round(self.cfg.batch_size * share / (1 - share))
 
     def rows(self) -> list[list[int]]:
         """Which demonstrations share a row."""
@@ -55,19 +80,29 @@ class SFTJob:
 
     def batches(self) -> Iterator[list[list[int]]]:
         """The rows of each optimizer step, reshuffled in every epoch, the same on all ranks."""
-        rows = self.rows()
+        rows, step, shown = self.rows(), 0, len(self.demonstrations)
+        texts = EndlessOrder([*map(str, range(len(self.pretraining)))], self.seed, "pretraining")
         for epoch in range(self.cfg.epochs):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(rows))
             for start in range(0, len(rows), self.cfg.batch_size):
-                yield [rows[i] for i in order[start : start + self.cfg.batch_size]]
+                places = range(step * self.texts_per_step, (step + 1) * self.texts_per_step)
+                mixed_in = [[shown + texts[place]] for place in places]
+                yield [rows[i] for i in order[start : start + self.cfg.batch_size]] + mixed_in
+                step += 1
+
+    def epoch_output(self, epoch: int) -> Path:
+        """Where the policy after `epoch`, counted from 1, waits to be chosen."""
+        return self.output.parent / f"epoch-{epoch}"
 
 
 def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
-    """One rank's run; rank 0 reports each step and leaves a plain Hugging Face directory at `job.output`, in float32:
-    the next stage's masters."""
-    torch.manual_seed(job.seed)
+    """One rank's run; rank 0 reports each step and leaves a plain Hugging Face directory at `job.output`, or one for
+    each epoch beside it, of which another is to choose."""
+    torch.manual_seed(job.seed + ranks.rank)  # dropout's masks: each rank its own
     dtype = resolve_dtype(job.model.dtype)
     policy = load_policy(job.base_path, None, resolve_attention(job.model.attention))
+    if job.cfg.dropout:
+        add_residual_dropout(policy, job.cfg.dropout)
     engine = TrainEngine(PolicyModule(policy, logprobs_from_logits), job.cfg.engine, job.cfg.optimizer, dtype, ranks)
     total = job.steps()
     for step, rows in enumerate(job.batches()):
@@ -79,18 +114,26 @@ def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
             seconds = time.perf_counter() - began
             metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/lr": rate}
             report(step, {**metrics, "timing_s/step": seconds, "perf/throughput": tokens / seconds})
+        epoch, left = divmod(step + 1, total // job.cfg.epochs)
+        if job.cfg.select == "reward" and not left:
+            save(engine, policy.config, job, job.epoch_output(epoch))
+    if job.cfg.select == "last":
+        save(engine, policy.config, job, job.output)
+
+
+def save(engine: TrainEngine, config: PreTrainedConfig, job: SFTJob, output: Path) -> None:
+    """The policy in float32: the next stage's masters. A collective."""
     weights = PolicyModule.hf_names(engine.masters_on_rank_0())
-    if ranks.rank == 0:
+    if engine.ranks.rank == 0:
         tokenizer = load_tokenizer(job.base_path, job.model.chat_template)
-        save_policy(policy.config, weights, tokenizer, job.output, torch.float32)
-    ranks.gather(None)  # nobody ends before the result is written
+        save_policy(config, weights, tokenizer, output, torch.float32)
+    engine.ranks.gather(None)  # nobody goes on before the result is written
 
 
 def gradient(engine: TrainEngine, job: SFTJob, rows: list[list[int]]) -> tuple[float, float]:
     """Accumulates the gradient of one batch over all ranks; (mean loss per response token, tokens trained on)."""
-    ranks, shown = engine.ranks, job.demonstrations
-    own = rows[ranks.rank :: ranks.world]
-    batches = micro_batches(shown.prompt_ids, shown.response_ids, own, job.cfg.engine.tokens_per_micro_batch)
+    ranks, own = engine.ranks, rows[engine.ranks.rank :: engine.ranks.world]
+    batches = micro_batches(*job.sequences, own, job.cfg.engine.tokens_per_micro_batch)
     counts = torch.tensor([sum(int(b.response_lengths.sum()) for b in batches), sum(b.padded_tokens for b in batches)])
     responses, padded = ranks.sum(counts.double()).tolist()
     total = torch.zeros((), dtype=torch.float64)

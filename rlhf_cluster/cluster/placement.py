@@ -90,6 +90,12 @@ class Starter:
             hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
         return hosts, [self._answer(host, "start", host.actor.start.remote(version)) for host in hosts]
 
+    def start_reward(self, policy: Path, reward_model: Path | None) -> list[Host]:
+        """`policy`: whose tokens are read; `reward_model`: stage 2's, where there is one."""
+        cfg = self.cfg
+        inputs = ScorerInputs(str(reward_model), str(policy), cfg.model.dtype, cfg.model.attention, cfg.seed)
+        return self.start(RewardWorker, "reward", cfg.reward.resources, (cfg.reward, inputs))
+
     async def start_learner(self, inputs: PPOInputs) -> tuple[list[Host], WeightChannel]:
         """All ranks in one placement group, so that they start together or not at all, and the weight store beside
         rank 0."""
@@ -173,15 +179,28 @@ async def open_generation(cfg: RunConfig, attempt: Attempt, policy: Path) -> Asy
 
 
 @asynccontextmanager
+async def open_judges(
+    cfg: RunConfig, attempt: Attempt, policy: Path
+) -> AsyncIterator[tuple[GenerationPool, RewardPool]]:
+    """Generation and reward workers: to see what a policy's samples are worth."""
+    starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
+    try:
+        channel = await starter.open_channel()
+        hosts, starting = starter.start_generation(policy, 0)
+        reward = starter.start_reward(policy, None)
+        await asyncio.gather(starter.ready(reward), *starting)
+        yield GenerationPool(hosts, channel, deadline), RewardPool(reward, deadline)
+    finally:
+        await starter.end()
+
+
+@asynccontextmanager
 async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> AsyncIterator[OpenRooms]:
     """All rooms of PPO, started side by side."""
     starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
     try:
         generation, starting = starter.start_generation(inputs.policy, 0)
-        model, tokenizer = str(inputs.reward_model), str(inputs.policy)
-        scorers = ScorerInputs(model, tokenizer, cfg.model.dtype, cfg.model.attention, cfg.seed)
-        reward_args = (cfg.reward, scorers)
-        reward = starter.start(RewardWorker, "reward", cfg.reward.resources, reward_args)
+        reward = starter.start_reward(inputs.policy, inputs.reward_model)
         reference: list[Host] = []
         if cfg.ppo.kl.kind != "none":
             limit = cfg.reference.tokens_per_micro_batch

@@ -72,8 +72,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # InstructGPT, appendix C
     eps: float = 1e-8
     weight_decay: float = 0.0
-    schedule: str = "constant"  # constant | cosine (to `final_lr_ratio`)
-    final_lr_ratio: float = 0.1  # cosine ends at this share of the peak (InstructGPT C.1, C.2)
+    schedule: str = "constant"  # constant | cosine | linear (to `final_lr_ratio`)
+    final_lr_ratio: float = 0.1  # cosine and linear end at this share of the peak (InstructGPT C.1, C.2)
     warmup_steps: int = 0  # linear from a tenth of the peak (InstructGPT C.4)
     max_grad_norm: float = 1.0
 
@@ -94,6 +94,12 @@ class SFTConfig:
     epochs: int = 1
     batch_size: int = 32  # packed sequences of a step over all workers
     packing: bool = True  # several demonstrations share a sequence, attention kept apart
+    dropout: float = 0.0  # on what each layer adds to the residual stream; 0.2 in InstructGPT C.1
+    pretraining_share: float = 0.0  # of a step's sequences that are text from data.pretraining; 0.1 in InstructGPT C.3
+    select: str = (
+        "last"  # epoch whose policy goes on: last | reward (highest mean score of the reward on samples for the
+    )
+    # held-out prompts; InstructGPT C.1)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9.65e-6, schedule="cosine"))
     engine: EngineConfig = field(default_factory=EngineConfig)
     resources: Resources = field(default_factory=Resources)

@@ -52,6 +52,7 @@ def _validate_choices(cfg: RunConfig) -> None:
     _one_of("ppo.kl.kind", cfg.ppo.kl.kind, ("fixed", "adaptive", "none"))
     _one_of("ppo.kl.estimator", cfg.ppo.kl.estimator, ("k1", "k2", "k3"))
     _one_of("ppo.kl.loss_estimator", cfg.ppo.kl.loss_estimator, ("k2", "k3"))
+    _one_of("sft.select", cfg.sft.select, ("last", "reward"))
     _one_of("dpo.loss", cfg.dpo.loss, ("dpo", "ipo", "kto"))
     _one_of("ppo.advantage.kind", cfg.ppo.advantage.kind, ADVANTAGES)
     _one_of("ppo.loss_mean", cfg.ppo.loss_mean, ("token", "response", "constant"))
@@ -61,7 +62,7 @@ def _validate_choices(cfg: RunConfig) -> None:
     _one_of("weights.transport", cfg.weights.transport, ("shm",))
     _one_of("resume", cfg.resume, ("auto", "never"))
     for name, optimizer in optimizers(cfg):
-        _one_of(f"{name}.schedule", optimizer.schedule, ("constant", "cosine"))
+        _one_of(f"{name}.schedule", optimizer.schedule, ("constant", "cosine", "linear"))
     for stage in cfg.stages:
         _one_of("stages", stage, STAGES)
 
@@ -155,6 +156,8 @@ def _validate_numbers(cfg: RunConfig) -> None:
     """What has bounds of its own."""
     for name, optimizer in optimizers(cfg):
         _require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
+    for name, share in (("dropout", cfg.sft.dropout), ("pretraining_share", cfg.sft.pretraining_share)):
+        _require(0 <= share < 1, f"sft.{name}={share}: it must be from 0 up to but not 1")
     _require(cfg.dpo.beta > 0, f"dpo.beta={cfg.dpo.beta}: it must be above 0")
     smoothing = cfg.dpo.label_smoothing
     _require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing}: it must be from 0 up to but not 0.5")
@@ -197,12 +200,27 @@ def _validate_stages(cfg: RunConfig) -> None:
         _require(
             bool(cfg.model.path), "model.path is empty; name a Hugging Face directory or hub id, or model=smollm2_135m"
         )
+    if "sft" in cfg.stages:
+        _validate_sft(cfg)
     if cfg.data.source in ("hh", "oasst"):
         _require(bool(cfg.data.path), f"data.path is empty; data={cfg.data.source} needs the file it reads")
     if cfg.data.source == "files":
         _validate_files(cfg)
     _require(
         cfg.rm.ranking.responses >= 2, f"rm.ranking.responses={cfg.rm.ranking.responses}: a ranking needs 2 or more"
+    )
+
+
+def _validate_sft(cfg: RunConfig) -> None:
+    share = cfg.sft.pretraining_share
+    _require(
+        not share or bool(cfg.data.pretraining),
+        f"sft.pretraining_share={share}, but data.pretraining is empty; name a file of text",
+    )
+    needs = [part.kind for part in cfg.reward.parts if part.kind == "model" and not (part.path or cfg.reward.path)]
+    _require(
+        cfg.sft.select == "last" or not needs,
+        "sft.select=reward, but reward.path is empty: this run's reward model is trained after SFT; name another's",
     )
 
 

@@ -16,6 +16,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,6 +32,7 @@ from rlhf_cluster.models import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ATTENTIONS = ("eager", "sdpa")
+RESIDUAL_OUTPUTS = ("self_attn.o_proj", "mlp.down_proj", "attn.c_proj", "mlp.c_proj")  # Llama and Qwen, GPT-2
 # What some families do to logits after the head; the forward of this room would leave it out.
 LOGIT_TRANSFORMS = {
     "final_logit_softcapping": None,
@@ -134,6 +136,17 @@ def turn_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def add_residual_dropout(model: PreTrainedModel, rate: float) -> None:
+    """Dropout at `rate` on what attention and MLP of every layer add to the residual stream, as in GPT-2 and -3; the
+    Llama and Qwen families have none of their own. It is always on: for a model that is only trained. Raises ModelError
+    where no such layers are found."""
+    outputs = [module for name, module in model.named_modules() if name.endswith(RESIDUAL_OUTPUTS)]
+    if not outputs:
+        raise ModelError(f"{type(model).__name__} has no layers named {', '.join(RESIDUAL_OUTPUTS)}; use sft.dropout=0")
+    for module in outputs:
+        module.register_forward_hook(lambda module, inputs, output: functional.dropout(output, rate, training=True))
 
 
 def save_policy(

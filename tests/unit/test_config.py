@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_cluster import config
 from rlhf_cluster.config import ConfigError, RunConfig, conf_directory, differences, load, load_file, to_yaml, validate
+from rlhf_cluster.config.tree import optimizers
 
 PRIMARIES = ("pipeline", "sft", "rm", "dpo", "ppo")
 FILES = ["data.prompts=x", "data.demonstrations=x", "data.comparisons=x"]
@@ -47,7 +48,7 @@ def test_every_choice_of_every_group_composes(number: int) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_and_goes_to_a_file_and_back(recipe: str, tmp_path: Path) -> None:
-    given = load([f"recipe={recipe}", "data.path=x"])
+    given = load([f"recipe={recipe}", *ANY_PATHS, "data.pretraining=x"])
     assert given.name == recipe
     (tmp_path / "resolved.yaml").write_text(to_yaml(given))
     assert load_file(tmp_path / "resolved.yaml") == given
@@ -320,3 +321,23 @@ def test_dynamic_sampling_needs_groups() -> None:
 def test_a_rail_that_cannot_hold_is_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         load(overrides)
+
+
+def test_instructgpts_recipes_have_the_papers_numbers() -> None:
+    """Appendix C of arXiv:2203.02155."""
+    paths = [*ANY_PATHS, "data.pretraining=x"]
+    for size, lr in (("1b", 5e-6), ("6b", 1.04e-5)):
+        cfg = load([f"recipe=instructgpt_{size}", *paths])
+        ppo, sft = cfg.ppo, cfg.sft
+        assert (ppo.steps * ppo.batch_size, ppo.batch_size // ppo.minibatch_size, ppo.epochs) == (256_000, 8, 1)
+        assert (ppo.kl.coef, ppo.ptx.coef, ppo.ptx.ratio, ppo.ema_decay, ppo.clip) == (0.02, 27.8, 8, 0.992, 0.2)
+        assert (sft.epochs, sft.batch_size, sft.pretraining_share, sft.optimizer.lr) == (2, 32, 0.1, lr)
+        assert (cfg.rm.batch_size, cfg.rm.optimizer.lr, cfg.rm.epochs) == (64, 9e-6, 1)
+        assert {optimizer.betas for _, optimizer in optimizers(cfg)} >= {(0.9, 0.95)}
+        baseline = load([f"recipe=instructgpt_{size}_sft", *paths]).sft
+        assert (baseline.epochs, baseline.dropout, baseline.optimizer.lr, baseline.select) == (
+            16,
+            0.2,
+            9.65e-6,
+            "reward",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from rlhf_cluster.algo.logprobs import logprobs_from_logits
 from rlhf_cluster.config import EngineConfig, ModelConfig, OptimizerConfig, SFTConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
+from rlhf_cluster.models import ModelError
 from rlhf_cluster.models.forward import PolicyModule
-from rlhf_cluster.models.load import load_policy
-from rlhf_cluster.records import Demonstrations
+from rlhf_cluster.models.load import add_residual_dropout, load_policy
+from rlhf_cluster.records import Demonstrations, Pretraining
 from rlhf_cluster.sft import SFTJob, gradient, train
 
 EOS = 258
@@ -36,7 +38,7 @@ def demonstrations(count: int = 11) -> Demonstrations:
 
 def job(directory: Path, output: Path, packing: bool = True, epochs: int = 1, lr: float = 1e-3) -> SFTJob:
     optimizer = OptimizerConfig(lr=lr, schedule="cosine")
-    cfg = SFTConfig(epochs, 3, packing, optimizer, EngineConfig(tokens_per_micro_batch=50))
+    cfg = SFTConfig(epochs, 3, packing, optimizer=optimizer, engine=EngineConfig(tokens_per_micro_batch=50))
     model = ModelConfig(source="tiny", dtype="float32", attention="eager", context=25)
     return SFTJob(cfg, model, seed=4, base_path=directory, demonstrations=demonstrations(), output=output)
 
@@ -122,3 +124,67 @@ def test_what_bfloat16_training_leaves_is_finer_than_bfloat16(tiny: Path, one_ra
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     moved = [tensor for name, tensor in after.items() if not torch.equal(tensor, before[name].float())]
     assert moved and any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in moved)
+
+
+def text(count: int = 4) -> Pretraining:
+    return Pretraining.of({"token_ids": np.random.default_rng(5).integers(0, 256, (count, 20)).tolist()})
+
+
+def test_text_is_mixed_into_every_step_in_its_share(tmp_path: Path) -> None:
+    """A quarter of a step's sequences: one beside three. Each block once before any comes again."""
+    work = replace(job(tmp_path, tmp_path, epochs=3), pretraining=text())
+    work.cfg.pretraining_share = 0.25
+    batches = list(work.batches())
+    blocks = [i - 11 for batch in batches for row in batch for i in row if i >= 11]
+    assert len(blocks) == len(batches) == work.steps()
+    assert all(sorted(blocks[start : start + 4]) == [0, 1, 2, 3] for start in range(0, len(blocks) - 3, 4))
+    plain = list(job(tmp_path, tmp_path, epochs=3).batches())
+    assert [[row for row in batch if row[0] < 11] for batch in batches] == plain  # the demonstrations are as ever
+
+
+def test_all_tokens_of_a_text_but_the_first_are_labels(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    work = replace(job(tiny, tmp_path), pretraining=text())
+    policy, plain = (load_policy(tiny, torch.float32, "eager") for _ in range(2))
+    module = PolicyModule(policy, logprobs_from_logits)
+    engine = TrainEngine(module, EngineConfig(), OptimizerConfig(), torch.float32, one_rank)
+    loss, _ = gradient(engine, work, [[11], [12]])
+    ids = torch.tensor(np.array(text().token_ids[:2]), dtype=torch.long)
+    expected = cross_entropy(plain(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
+def test_dropout_is_on_in_training_and_not_in_what_is_left(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    plain, dropped = (load_policy(tiny, torch.float32, "eager") for _ in range(2))
+    add_residual_dropout(dropped, 0.5)
+    ids = torch.arange(12)[None]
+    torch.manual_seed(0)
+    once, twice = dropped(ids).logits, dropped(ids).logits
+    assert not torch.allclose(once, twice, atol=1e-3) and not torch.allclose(once, plain(ids).logits, atol=1e-3)
+    many = torch.stack([dropped(ids).logits for _ in range(3)])
+    assert torch.isfinite(many).all()
+    work = job(tiny, tmp_path / "policy")
+    work.cfg.dropout = 0.2
+    train(one_rank, work, lambda step, metrics: None)
+    left = load_policy(work.output, torch.float32, "eager")
+    assert torch.equal(left(ids).logits, left(ids).logits)
+
+
+def test_dropout_by_hand() -> None:
+    """Half of what a layer adds falls away, the rest counts twice: in the mean nothing changes."""
+    model = torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({"o_proj": torch.nn.Identity()})})
+    add_residual_dropout(model, 0.5)
+    torch.manual_seed(0)
+    found = model["self_attn"]["o_proj"](torch.ones(20_000))
+    assert set(found.tolist()) == {0.0, 2.0} and abs(float(found.mean()) - 1) < 0.02
+    with pytest.raises(ModelError, match="Linear has no layers named self_attn"):
+        add_residual_dropout(torch.nn.Linear(1, 1), 0.1)
+
+
+def test_each_epoch_waits_to_be_chosen(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    work = job(tiny, tmp_path / "policy", epochs=3)
+    work.cfg.select = "reward"
+    train(one_rank, work, lambda step, metrics: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-1", "epoch-2", "epoch-3"]
+    ids = torch.arange(12)[None]
+    logits = [load_policy(work.epoch_output(epoch), torch.float32, "eager")(ids).logits for epoch in (1, 2, 3)]
+    assert not torch.equal(logits[0], logits[1]) and not torch.equal(logits[1], logits[2])

@@ -43,3 +43,8 @@ def test_a_run_of_few_steps_has_no_division_by_zero(steps: int) -> None:
 
 def test_past_the_end_the_rate_stays_at_its_last() -> None:
     assert learning_rate(OptimizerConfig(lr=1.0, schedule="cosine"), 99, 5) == pytest.approx(0.1)
+
+
+def test_linear_ends_at_its_share_by_hand() -> None:
+    cfg = OptimizerConfig(lr=1.0, schedule="linear", final_lr_ratio=0.2)
+    assert [learning_rate(cfg, step, 5) for step in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
