@@ -57,7 +57,7 @@ pins: setup ## resolve requirements/*.txt anew from pyproject.toml, keeping the 
 	$$resolve pyproject.toml requirements/model.in --extra cpu --override requirements/without-cpu.txt $$links \
 		--no-emit-package torch -o requirements/cpu.txt; \
 	$$resolve pyproject.toml requirements/model.in --extra gpu -o requirements/gpu.txt; \
-	$$resolve --group dev --constraints requirements/cpu.txt -o requirements/dev.txt
+	$$resolve --group dev --constraints requirements/cpu.txt --override requirements/without-dev.txt -o requirements/dev.txt
 
 clean: ## remove .venv and the tools' caches (runs/ stays)
 	rm -rf .venv .venv.discarded .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -333,11 +333,7 @@ def test_instructgpts_recipes_have_the_papers_numbers() -> None:
         assert (ppo.kl.coef, ppo.ptx.coef, ppo.ptx.ratio, ppo.ema_decay, ppo.clip) == (0.02, 27.8, 8, 0.992, 0.2)
         assert (sft.epochs, sft.batch_size, sft.pretraining_share, sft.optimizer.lr) == (2, 32, 0.1, lr)
         assert (cfg.rm.batch_size, cfg.rm.optimizer.lr, cfg.rm.epochs) == (64, 9e-6, 1)
-        assert {optimizer.betas for _, optimizer in optimizers(cfg)} >= {(0.9, 0.95)}
+        assert all(tuple(o.betas) == (0.9, 0.95) for name, o in optimizers(cfg) if name != "dpo.optimizer")
         baseline = load([f"recipe=instructgpt_{size}_sft", *paths]).sft
-        assert (baseline.epochs, baseline.dropout, baseline.optimizer.lr, baseline.select) == (
-            16,
-            0.2,
-            9.65e-6,
-            "reward",
-        )
+        found = (baseline.epochs, baseline.dropout, baseline.optimizer.lr, baseline.select)
+        assert found == (16, 0.2, 9.65e-6, "reward")
