@@ -312,11 +312,20 @@ class ReferenceConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters on all linear layers of policy and critic; the rest is frozen (Hu et al. 2021)."""
+
+    rank: int = 0  # 0: none, all weights learn
+    alpha: float = 16.0  # what they add is scaled by alpha / rank
+
+
+@dataclass
 class LearnerConfig:
     """Policy and critic, one DeepSpeed engine each, on every rank."""
 
     policy: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(zero_stage=2))
     resources: Resources = field(default_factory=Resources)
 

@@ -134,6 +134,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
         ("ppo.overlong_penalty", cfg.ppo.overlong_penalty),
         ("ppo.overlong_buffer", cfg.ppo.overlong_buffer),
         ("ppo.max_refill", cfg.ppo.max_refill),
+        ("learner.lora.rank", cfg.learner.lora.rank),
         ("rm.ranking.tie_margin", cfg.rm.ranking.tie_margin),
         ("rm.layers", cfg.rm.layers),
         ("ppo.save_every", cfg.ppo.save_every),
@@ -158,6 +159,8 @@ def _validate_numbers(cfg: RunConfig) -> None:
         _require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
     for name, share in (("dropout", cfg.sft.dropout), ("pretraining_share", cfg.sft.pretraining_share)):
         _require(0 <= share < 1, f"sft.{name}={share}: it must be from 0 up to but not 1")
+    alpha = cfg.learner.lora.alpha
+    _require(alpha > 0, f"learner.lora.alpha={alpha}: it must be above 0")
     _require(cfg.dpo.beta > 0, f"dpo.beta={cfg.dpo.beta}: it must be above 0")
     smoothing = cfg.dpo.label_smoothing
     _require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing}: it must be from 0 up to but not 0.5")

@@ -71,7 +71,7 @@ class TrainEngine:
         self._adamw: torch.optim.AdamW = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         self._adamw.register_step_pre_hook(self._guard)
         self._reset_moments()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._learning():
             if name in begun:
                 self._set_master(parameter, begun.pop(name).float())
 
@@ -100,6 +100,10 @@ class TrainEngine:
         if self.stage in (1, 2):
             # DeepSpeed links the moments to the parameters after its first step; a loaded state is needed before.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _learning(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters that are not frozen, by name."""
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     def _optimized(self) -> list[torch.Tensor]:
         """What this rank's AdamW steps on: the parameters, or from stage 1 on the fp32 share that this rank holds."""
@@ -145,11 +149,13 @@ class TrainEngine:
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor in the training dtype) of every parameter, one at a time. A collective at stage 3."""
         for name, parameter in self.module.named_parameters():
-            if self.stage < 3:
-                yield name, parameter.detach()
-                continue
-            with deepspeed.zero.GatheredParameters([parameter]):
-                yield name, parameter.detach().clone()
+            yield name, self._full(parameter)
+
+    def _full(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if self.stage < 3:
+            return parameter.detach()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def weights_on_rank_0(self) -> dict[str, torch.Tensor]:
         """All of `full_parameters` in host memory on rank 0, nothing on the others. A collective at stage 3."""
@@ -160,7 +166,8 @@ class TrainEngine:
         return self._on_rank_0(self.full_masters())
 
     def full_masters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full fp32 master) of every parameter, one at a time. A collective."""
+        """(name, full fp32 master) of every parameter, one at a time; a frozen one has none and is given as it is. A
+        collective."""
         for name, parameter in self.module.named_parameters():
             yield name, self._master(parameter)
 
@@ -172,8 +179,9 @@ class TrainEngine:
         return int(next(iter(self._adamw.state.values()))["step"])
 
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """(name, {master, exp_avg, exp_avg_sq} in fp32) of every parameter, independent of stage and world size."""
-        for name, parameter in self.module.named_parameters():
+        """(name, {master, exp_avg, exp_avg_sq} in fp32) of every parameter that learns, independent of stage and world
+        size."""
+        for name, parameter in self._learning():
             if self.stage == 0:
                 moments = {key: self._adamw.state[parameter][key] for key in MOMENTS}
             else:
@@ -181,12 +189,14 @@ class TrainEngine:
             yield name, {"master": self._master(parameter), **moments}
 
     def _master(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        return parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+        if self.stage == 0 or not parameter.requires_grad:
+            return self._full(parameter)
+        return safe_get_full_fp32_param(parameter)
 
     def load_full_state(self, state_of: Callable[[str], Mapping[str, torch.Tensor]], optimizer_steps: int) -> None:
         """Restores what `full_state` gave. `state_of(name)` returns the three fp32 tensors of a parameter."""
         self.load_full_masters(lambda name: state_of(name)["master"])
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._learning():
             state = state_of(name)
             for key in MOMENTS:
                 self._set_moment(parameter, key, state[key])
@@ -194,8 +204,8 @@ class TrainEngine:
             moments["step"].fill_(optimizer_steps)
 
     def load_full_masters(self, master_of: Callable[[str], torch.Tensor]) -> None:
-        """Restores what `full_masters` gave, and the weights that are computed with."""
-        for name, parameter in self.module.named_parameters():
+        """Restores what `full_masters` gave of what learns, and the weights that are computed with."""
+        for name, parameter in self._learning():
             self._set_master(parameter, master_of(name))
 
     def _set_master(self, parameter: torch.nn.Parameter, full: torch.Tensor) -> None:
@@ -229,7 +239,7 @@ def _masters_beyond(dtype: torch.dtype, module: torch.nn.Module) -> dict[str, to
     """The weights that `dtype` would round, as they are before the module is cast (which leaves this storage alone)."""
     if dtype == torch.float32:
         return {}
-    return {name: p.detach() for name, p in module.named_parameters() if p.dtype != dtype}
+    return {name: p.detach() for name, p in module.named_parameters() if p.dtype != dtype and p.requires_grad}
 
 
 def _cast_parameters(module: torch.nn.Module, dtype: torch.dtype) -> None:

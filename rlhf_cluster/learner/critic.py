@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cluster.algo.losses import value_loss
-from rlhf_cluster.config import GuardrailsConfig, PPOConfig
+from rlhf_cluster.config import GuardrailsConfig, LoRAConfig, PPOConfig
 from rlhf_cluster.engine.engine import EngineError, TrainEngine
 from rlhf_cluster.learner.experience import Experience
 from rlhf_cluster.learner.statistics import Tally, explained_variance, tally_values
 from rlhf_cluster.models.batching import PackedBatch
+from rlhf_cluster.models.lora import is_transposed, merged
 from rlhf_cluster.models.score_head import ScalarHeadModel, save_scalar_head_model
 
 
@@ -51,8 +52,9 @@ def guarded_step(engine: TrainEngine, rate: float, guardrails: GuardrailsConfig)
 class Critic:
     """A body with a scalar head under its own engine: the value before each response token."""
 
-    def __init__(self, model: ScalarHeadModel, engine: TrainEngine) -> None:
-        self.config, self.engine = model.config, engine
+    def __init__(self, model: ScalarHeadModel, lora: LoRAConfig, engine: TrainEngine) -> None:
+        self.config, self.engine, self._lora = model.config, engine, lora
+        self._transposed = is_transposed(model)
 
     @property
     def engines(self) -> Mapping[str, TrainEngine]:
@@ -90,7 +92,7 @@ class Critic:
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         """A plain Hugging Face body with the head beside it. A collective."""
-        weights = self.engine.weights_on_rank_0()
+        weights = merged(self.engine.weights_on_rank_0(), self._lora, self._transposed)
         if self.engine.ranks.rank == 0:
             save_scalar_head_model(self.config, weights, tokenizer, directory, self.engine.dtype)
 

@@ -19,6 +19,7 @@ from rlhf_cluster.learner.critic import Critic, NoCritic, Step, guarded_step
 from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
+from rlhf_cluster.models.lora import add_adapters, is_transposed, merged, save_adapter
 from rlhf_cluster.models.score_head import ScalarHeadModel
 
 
@@ -56,8 +57,12 @@ class ActorCritic:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokens_per_micro_batch = cfg.engine.tokens_per_micro_batch
         logprobs = partial(logprobs_from_logits, entropy_gradient=entropy_gradient)
-        policy = PolicyModule(load_policy(policy_path, None, attention), logprobs)
-        self.policy_config = policy.model.config
+        language_model = load_policy(policy_path, None, attention)
+        if cfg.lora.rank:
+            add_adapters(language_model, cfg.lora)
+        policy = PolicyModule(language_model, logprobs)
+        self.policy_config = language_model.config
+        self._lora, self._transposed = cfg.lora, is_transposed(language_model)
         self.policy = TrainEngine(policy, cfg.engine, cfg.policy, dtype, ranks)
         self.average = WeightAverage(self.policy, ema_decay) if ema_decay else None
         self.critic: Critic | NoCritic = NoCritic()
@@ -66,7 +71,9 @@ class ActorCritic:
                 value = ScalarHeadModel.from_policy(policy_path, None, attention, seed)
             else:
                 value = ScalarHeadModel.from_directory(critic_path, None, attention)
-            self.critic = Critic(value, TrainEngine(value, cfg.engine, cfg.critic, dtype, ranks))
+            if cfg.lora.rank:
+                add_adapters(value.body, cfg.lora)
+            self.critic = Critic(value, cfg.lora, TrainEngine(value, cfg.engine, cfg.critic, dtype, ranks))
 
     def step_policy(self, rate: float, guardrails: GuardrailsConfig) -> Step:
         """One optimizer step, which the average follows. A collective."""
@@ -74,6 +81,25 @@ class ActorCritic:
         if step.taken and self.average is not None:
             self.average.update()
         return step
+
+    def policy_weights(self) -> dict[str, torch.Tensor]:
+        """By Hugging Face names, adapters merged, on rank 0; nothing on the others. A collective."""
+        return self._plain(self.policy.weights_on_rank_0())
+
+    def average_weights(self) -> dict[str, torch.Tensor]:
+        """As `policy_weights`, of the average."""
+        assert self.average is not None
+        return self._plain(self.average.weights_on_rank_0())
+
+    def _plain(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return merged(PolicyModule.hf_names(weights), self._lora, self._transposed)
+
+    def save_adapter(self, directory: Path) -> None:
+        """What `peft` opens, where there are adapters. A collective."""
+        if self._lora.rank:
+            weights = PolicyModule.hf_names(self.policy.masters_on_rank_0())
+            if self.ranks.rank == 0:
+                save_adapter(weights, self._lora, self._transposed, directory)
 
     @property
     def engines(self) -> dict[str, TrainEngine]:

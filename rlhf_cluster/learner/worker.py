@@ -20,7 +20,6 @@ from rlhf_cluster.learner.plan import BatchPlan, plan_batch
 from rlhf_cluster.learner.state import load_state, save_state
 from rlhf_cluster.learner.statistics import seconds_by_part
 from rlhf_cluster.learner.update import StepRates, Updater
-from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts, UpdateStats
@@ -156,16 +155,15 @@ class LearnerWorker:
     def publish(self, version: int, directory: str) -> Snapshot | None:
         """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. The version
         after the policy's is its average. A collective."""
-        average = self._models.average
-        if average is not None and version == self._version + 1:
-            return self._snapshot(version, directory, average.weights_on_rank_0())
+        if self._models.average is not None and version == self._version + 1:
+            return self._snapshot(version, directory, self._models.average_weights())
         if version != self._version:
             raise LearnerError(f"the policy is version {self._version}, it cannot be published as {version}")
-        return self._snapshot(version, directory, self._models.policy.weights_on_rank_0())
+        return self._snapshot(version, directory, self._models.policy_weights())
 
     def _snapshot(self, version: int, directory: str, weights: dict[str, torch.Tensor]) -> Snapshot | None:
         dtype = self._models.policy.dtype
-        named = {name: tensor.to(dtype) for name, tensor in PolicyModule.hf_names(weights).items()}
+        named = {name: tensor.to(dtype) for name, tensor in weights.items()}
         return write_snapshot(Path(directory), version, named) if self._ranks.rank == 0 else None
 
     def save(self, directory: str) -> list[str]:
@@ -175,13 +173,14 @@ class LearnerWorker:
         Returns the files that this rank sees there, relative to `directory`. A collective.
         """
         target, models = Path(directory), self._models
-        policy = PolicyModule.hf_names(models.policy.weights_on_rank_0())
+        policy = models.policy_weights()
         if self._ranks.rank == 0:
             save_policy(models.policy_config, policy, self._tokenizer, target / "policy", models.policy.dtype)
         if models.average is not None:
-            average = PolicyModule.hf_names(models.average.weights_on_rank_0())
+            average = models.average_weights()
             if self._ranks.rank == 0:
                 save_policy(models.policy_config, average, self._tokenizer, target / "ema", models.policy.dtype)
+        models.save_adapter(target / "adapter")
         models.critic.save(self._tokenizer, target / "critic")
         save_state(models.engines, target / "state", self._ranks, models.average)
         return [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]

@@ -108,7 +108,7 @@ def real_reference(tiny: Path) -> Reference:
 @pytest.fixture
 def real_learner(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int, tmp_path: Path) -> Learner:
     rate = OptimizerConfig(lr=1e-3)
-    cfg = LearnerConfig(rate, rate, EngineConfig(tokens_per_micro_batch=64))
+    cfg = LearnerConfig(rate, rate, engine=EngineConfig(tokens_per_micro_batch=64))
     model = ModelConfig(source="tiny", dtype="float32", attention="eager")
     worker = LearnerWorker(cfg, PPOConfig(batch_size=6, minibatch_size=3), model, GenerationConfig(), seed=5)
     worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model, Pretraining.empty())

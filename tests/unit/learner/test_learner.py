@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_cluster.config import (
     ADVANTAGES,
@@ -19,6 +21,7 @@ from rlhf_cluster.config import (
     GuardrailsConfig,
     KLConfig,
     LearnerConfig,
+    LoRAConfig,
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
@@ -31,6 +34,7 @@ from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.worker import LearnerError, LearnerWorker
 from rlhf_cluster.models.load import load_policy
+from rlhf_cluster.models.lora import add_adapters, is_transposed, merged
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts
@@ -41,7 +45,7 @@ LONGEST = 13  # response tokens
 MODEL = ModelConfig(source="tiny", dtype="float32", attention="eager")
 Start = Callable[..., LearnerWorker]
 CONTROLS = Controls(0.02)
-NO_TEXT = Pretraining.empty()
+NO_TEXT, NO_ADAPTERS = Pretraining.empty(), LoRAConfig()
 TEXT = Pretraining.of({"token_ids": np.random.default_rng(9).integers(0, 256, (6, 12)).tolist()})
 
 
@@ -88,10 +92,16 @@ def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> St
     """A learner as the run starts it. All live in this process's gang of one."""
 
     def make(
-        tokens_per_micro_batch: int = 64, minibatch_size: int = 4, text: Pretraining = NO_TEXT, **changed: Any
+        tokens_per_micro_batch: int = 64,
+        minibatch_size: int = 4,
+        text: Pretraining = NO_TEXT,
+        lora: LoRAConfig = NO_ADAPTERS,
+        stage: int = 0,
+        **changed: Any,
     ) -> LearnerWorker:
         rate = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
-        cfg = LearnerConfig(rate, rate, EngineConfig(tokens_per_micro_batch=tokens_per_micro_batch))
+        engine = EngineConfig(zero_stage=stage, tokens_per_micro_batch=tokens_per_micro_batch)
+        cfg = LearnerConfig(rate, rate, lora, engine)
         ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, **changed)
         worker = LearnerWorker(cfg, ppo, MODEL, GenerationConfig(temperature=0.7, max_response_tokens=LONGEST), seed=5)
         worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model, text)
@@ -487,3 +497,67 @@ def test_a_step_beyond_its_rail_is_not_taken(start: Start, action: str) -> None:
     warned = start(guardrails=GuardrailsConfig(grad_norm=RailConfig(1e-6, "warn")))
     assert updated(warned)["actor/steps_skipped"] == 0.0
     assert distance(warned, worker) > 1e-4
+
+
+LORA = LoRAConfig(rank=4, alpha=8.0)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_adapters_learn_and_the_rest_does_not(
+    start: Start, tiny: Path, reward_model: Path, tmp_path: Path, stage: int
+) -> None:
+    """What is published and saved is a plain model, the start's weights with the adapters added; `peft` opens these."""
+    worker = start(lora=LORA, stage=stage)
+    first = worker.publish(0, str(tmp_path / "first"))
+    assert first is not None
+    plain, begun = dict(load_policy(tiny, None, "eager").named_parameters()), load_file(first.path)
+    assert begun.keys() == plain.keys() and all(torch.equal(begun[name], plain[name].data) for name in plain)
+    before = weights(worker)
+    found = updated(worker)
+    assert found["actor/first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    moved = {name for name, tensor in weights(worker).items() if not torch.equal(tensor, before[name])}
+    assert moved and all("lora_" in name or "/score." in name for name in moved)
+    assert any(name.startswith("critic/") for name in moved)
+    worker.save(str(tmp_path / "saved"))
+    second = worker.publish(1, str(tmp_path / "second"))
+    assert second is not None
+    ids = torch.arange(9)[None]
+    saved = load_policy(tmp_path / "saved" / "policy", None, "eager")
+    published = load_file(second.path)
+    assert all(torch.allclose(published[name], p.data, atol=1e-6) for name, p in saved.named_parameters())
+    adapted = PeftModel.from_pretrained(load_policy(tiny, None, "eager"), tmp_path / "saved" / "adapter")
+    torch.testing.assert_close(adapted(ids).logits, saved(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(saved(ids).logits, load_policy(tiny, None, "eager")(ids).logits, atol=1e-3)
+    ScalarHeadModel.from_directory(tmp_path / "saved" / "critic", None, "eager")
+
+
+def test_adapters_go_on_bit_by_bit_with_their_average(start: Start, tmp_path: Path) -> None:
+    one, other = start(lora=LORA, ema_decay=0.5), start(lora=LORA, ema_decay=0.5)
+    updated(one)
+    one.save(str(tmp_path))
+    other.load(str(tmp_path), 1)
+    for worker in (one, other):
+        updated(worker, step=1)
+    assert distance(one, other) == 0
+    own = {name: tensor.clone() for name, tensor in one._models.average.full()}
+    assert all(torch.equal(own[name], tensor) for name, tensor in other._models.average.full())
+
+
+def test_a_gpt2_is_adapted_too(one_rank: Ranks, tmp_path: Path) -> None:
+    """Its linear layers lie the other way round."""
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    add_adapters(model, LORA)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.1)
+    ids = torch.arange(9)[None]
+    expected = model(ids).logits
+    found = merged(dict(model.named_parameters()), LORA, is_transposed(model))
+    assert found.keys() == plain.keys()
+    again = GPT2LMHeadModel(config).eval()
+    again.load_state_dict(found, strict=False)
+    torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=1e-4)
