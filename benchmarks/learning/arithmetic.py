@@ -1,0 +1,126 @@
+"""Does it learn? Sums of two numbers below 100, held-out sums only: SFT on demonstrations of which 30 % are wrong, then
+PPO with a reward model, PPO with the true reward, GRPO with the true reward, and PPO with a random reward as a control.
+
+    python benchmarks/learning/arithmetic.py [--seeds 0 1 2] [--out DIR]
+
+Every run is `rlhf-cluster run`, as a person types it; what is finished is not run again. Leaves `arithmetic.json` and
+`arithmetic.png` beside this file, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import arms
+import matplotlib.pyplot as plt
+import sums
+
+HERE = Path(__file__).parent
+WRONG, DEMONSTRATIONS, HELDOUT, SAMPLES = 0.3, 5000, 300, 4
+
+COMMON = arms.options(
+    model="pretrained",
+    model__context=sums.CONTEXT,
+    data="files",
+    data__max_prompt_tokens=8,
+    data__heldout_prompts=HELDOUT,
+    generation__max_response_tokens=6,
+    generation__max_num_seqs=256,
+    generation__kv_cache_memory=268435456,
+    generation__flush_ms=200,
+    evaluation__gold="exact",
+    evaluation__samples_per_prompt=SAMPLES,
+    learner__engine__zero_stage=0,
+)
+SFT = arms.options(
+    name="sft",
+    stages="[sft]",
+    sft__epochs=12,
+    sft__batch_size=64,
+    sft__packing="false",
+    sft__optimizer__lr=2e-3,
+)
+PPO = arms.options(
+    ppo__steps=60,
+    ppo__batch_size=256,
+    ppo__minibatch_size=128,
+    ppo__kl__coef=0.02,
+    learner__policy__lr=1e-4,
+    learner__policy__warmup_steps=3,
+    learner__critic__lr=3e-4,
+    learner__critic__warmup_steps=0,
+)
+RM = arms.options(
+    stages="[rm,ppo]",
+    rm__ranking__labeler="exact",
+    rm__ranking__prompts=1500,
+    rm__ranking__responses=4,
+    rm__ranking__tie_margin=0.0,
+    rm__epochs=3,
+    rm__batch_size=32,
+    rm__optimizer__lr=5e-4,
+)
+ALONE = arms.options(stages="[ppo]")
+ARMS = {
+    "PPO, reward model": [*RM, *PPO],
+    "PPO, true reward": [*ALONE, *PPO, *arms.options(reward="exact")],
+    "GRPO, true reward": [*ALONE, *PPO, *arms.options(reward="exact", advantage="grpo", kl="loss")],
+    "PPO, random reward": [*ALONE, *PPO, *arms.options(reward="random")],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Arithmetic with a verifiable reward.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/learning/arithmetic"))
+    args = parser.parse_args()
+    found: dict[str, list[arms.Outcome]] = {arm: [] for arm in ARMS}
+    for seed in args.seeds:
+        for arm, outcome in one_seed(args.out / f"seed-{seed}", seed).items():
+            found[arm].append(outcome)
+            print(f"seed {seed}, {arm}: {outcome.before:.3f} -> {outcome.after:.3f}, KL {outcome.kl:.2f}", flush=True)
+    print(arms.table(found))
+    everything = {arm: [dataclasses.asdict(one) for one in outcomes] for arm, outcomes in found.items()}
+    (HERE / "arithmetic.json").write_text(json.dumps({"seeds": args.seeds, "arms": everything}, indent=1) + "\n")
+    draw(found, HERE / "arithmetic.png")
+
+
+def one_seed(directory: Path, seed: int) -> dict[str, arms.Outcome]:
+    """All arms of a seed, from one SFT policy."""
+    data, model = directory / "data", directory / "model"
+    if not model.is_dir():
+        sums.write_data(data, seed, DEMONSTRATIONS, WRONG)
+        sums.write_model(model, seed)
+    given = [
+        *COMMON,
+        f"model.path={model}",
+        f"data.prompts={data / 'prompts.jsonl'}",
+        f"data.demonstrations={data / 'demonstrations.jsonl'}",
+        f"seed={seed}",
+    ]
+    arms.run(directory / "sft", [*given, *SFT])
+    policy = f"policy_path={directory / 'sft' / 'stages' / 'sft' / 'policy'}"
+    found = {}
+    for arm, overrides in ARMS.items():
+        place = directory / "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
+        found[arm] = arms.outcome(place, arms.run(place, [*given, policy, *overrides]))
+    return found
+
+
+def draw(found: dict[str, list[arms.Outcome]], path: Path) -> None:
+    """Exact match of the training batches over iterations: a line for each seed, a colour for each arm."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for number, (arm, outcomes) in enumerate(found.items()):
+        for index, one in enumerate(outcomes):
+            gold = [gold for _, gold in one.curve]
+            axes.plot(range(1, len(gold) + 1), gold, color=f"C{number}", alpha=0.7, label=arm if not index else None)
+    axes.set(xlabel="iteration", ylabel="exact match of the batch", title="Sums below 100, SFT on 30 % wrong sums")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
