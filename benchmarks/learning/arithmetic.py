@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import sums
 
 HERE = Path(__file__).parent
-WRONG, DEMONSTRATIONS, HELDOUT, SAMPLES = 0.3, 5000, 300, 4
+WRONG, DEMONSTRATIONS, HELDOUT, SAMPLES = 0.3, 8000, 300, 4
 
 COMMON = arms.options(
     model="pretrained",
