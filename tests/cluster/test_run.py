@@ -210,6 +210,46 @@ def test_without_a_penalty_there_is_no_reference_worker(smoke: tuple[Path, Ended
     require_clean(user, tmp_path / "run")
 
 
+FAILING = """
+def score(samples):
+    if any(sample.sample_id.startswith("1/") and sample.sample_id.endswith("/2") for sample in samples):
+        raise ValueError("not this one")
+    return [sum(letter in "aeiou" for letter in sample.response) / 16 for sample in samples]
+"""
+
+
+@pytest.mark.long
+def test_no_critic_no_reward_model_and_a_reward_that_fails(user: User, tmp_path: Path) -> None:
+    """What the smoke run leaves out: an epoch of SFT chosen by score, DPO and GRPO on two ranks each, adapters, an
+    average as the result, and a function that fails a response of every prompt of the second iteration."""
+    (tmp_path / "mine.py").write_text(FAILING)
+    two = ("dpo.resources.workers=2", "dpo.engine.zero_stage=2", "learner.resources.workers=2", "learner.lora.rank=4")
+    asked = (
+        *("stages=[sft,dpo,ppo]", "sft.epochs=2", "sft.select=reward", "dpo.batch_size=4"),
+        *("advantage=grpo", "ppo.samples_per_prompt=4", "kl=loss", "ppo.ema_decay=0.5", "ppo.result=ema"),
+        f"reward.parts=[{{kind: function, path: {tmp_path / 'mine.py'}:score}}, {{kind: length, weight: -0.01}}]",
+    )
+    ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", *asked, *two)
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(r"sft: the policy of epoch [12] goes on; mean scores by epoch: 1: [+-][\d.]+, 2: [+-]", ended.out)
+    assert "iteration 2: samples failed and were not trained on: 2 x function: it raised ValueError: not this one" in (
+        " ".join(ended.out.split())
+    )
+    for step, trained in enumerate(iterations(tmp_path / "run", "ppo")):
+        states = pq.read_table(tmp_path / "run" / "rollouts" / f"step-{step}.parquet").column("state").to_pylist()
+        assert sorted(states) == ["dropped"] * (8 if step == 1 else 0) + ["trained"] * 8
+        assert not any(name.startswith("critic/v") for name in trained[1])
+        assert {"reward/function", "reward/length", "actor/kl_loss"} <= trained[1].keys()
+    checkpoint = Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    assert checkpoint is not None
+    assert {path.name for path in checkpoint.path.iterdir() if path.is_dir()} == {"policy", "ema", "adapter", "state"}
+    weights = [AutoModelForCausalLM.from_pretrained(checkpoint.path / name).state_dict() for name in ("policy", "ema")]
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    answered = user.talks("chat", str(tmp_path / "run"), "--max-tokens", "4", lines="Hello.\n")
+    assert answered.code == 0, answered.err
+    require_clean(user, tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 of two layers: absolute positions, a byte tokenizer without pad token and template."""

@@ -64,7 +64,7 @@ def test_the_reference_is_the_policy_as_it_starts(tiny: Path, one_rank: Ranks, t
     found, model = refer(engine(tiny, work, one_rank), work, work.comparisons), load_policy(tiny, None, "eager")
     shown = work.comparisons
     for prompt, responses, own in zip(shown.prompt_ids, shown.responses, found.of_rankings, strict=True):
-        expected = [float(logprob(model, prompt, response)) for response in responses]
+        expected = [float(logprob(model, prompt, response).detach()) for response in responses]
         assert own.tolist() == pytest.approx(expected, abs=1e-4)
 
 
@@ -119,6 +119,8 @@ def test_kto_is_measured_from_the_kl_of_mismatched_pairs(tiny: Path, one_rank: R
     trained = engine(tiny, work, one_rank)
     reference = refer(trained, work, work.comparisons)
     shown, model = work.comparisons, load_policy(tiny, None, "eager")
-    expected = [float(logprob(model, shown.prompt_ids[i], shown.responses[(i + 1) % 10][0])) for i in range(10)]
+    expected = [
+        float(logprob(model, shown.prompt_ids[i], shown.responses[(i + 1) % 10][0]).detach()) for i in range(10)
+    ]
     assert reference.of_mismatches.tolist() == pytest.approx(expected, abs=1e-4)
     assert gradient(trained, work, np.arange(4), reference)["dpo/kl"] == pytest.approx(0.0, abs=1e-4)
