@@ -29,7 +29,7 @@ quickstart: setup ## the three stages on this machine, with the embedded model a
 	@$(BIN)/rlhf-cluster run recipe=quickstart
 
 check: lint types ## lint, types, unit tests, the loop on fakes, the house rules
-	@$(PYTEST) -m "not long" tests/unit tests/loop tests/test_house.py
+	@$(PYTEST) -n 2 --dist loadfile -m "not long" tests/unit tests/loop tests/test_house.py
 
 lint: setup
 	@$(BIN)/ruff check --quiet .
