@@ -31,6 +31,8 @@ SHOWN = (  # metric, label, format: those that an iteration has, in this order
     ("sft/loss", "loss", "{:.4f}"),
     ("rm/loss", "loss", "{:.4f}"),
     ("rm/accuracy", "accuracy", "{:.3f}"),
+    ("dpo/loss", "loss", "{:.4f}"),
+    ("dpo/accuracy", "accuracy", "{:.3f}"),
     ("rm/margin", "margin", "{:.3f}"),
     ("response_length/mean", "length", "{:.1f}"),
     ("perf/throughput", "tokens/s", "{:,.0f}"),

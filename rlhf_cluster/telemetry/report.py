@@ -40,6 +40,7 @@ class Plot:
 
 PLOTS = (
     Plot("Score (what PPO raises)", "score", ("objective/scores",)),
+    Plot("Parts of the score", "score", ("reward/*",)),
     Plot("Gold score of the batch (never seen by PPO)", "gold score", ("objective/gold",)),
     Plot("KL from the reference policy", "nats per response", ("objective/kl",)),
     Plot("Entropy of the policy", "nats", ("objective/entropy",)),
@@ -50,6 +51,8 @@ PLOTS = (
     Plot("Approximate KL of the update", "nats per token", ("actor/ppo_kl",)),
     Plot("Loss of supervised fine-tuning", "nats per token", ("sft/loss",)),
     Plot("Loss of the reward model", "nats per pair", ("rm/loss",)),
+    Plot("Loss of learning from rankings (DPO, IPO, KTO)", "loss per prompt", ("dpo/loss",)),
+    Plot("Accuracy of the policy's own rewards", "share of pairs", ("dpo/accuracy",)),
     Plot("Accuracy of the reward model", "share of pairs", ("rm/accuracy",)),
     Plot("Margin of the reward model", "score difference", ("rm/margin",)),
 )
