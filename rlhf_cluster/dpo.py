@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,11 @@ from rlhf_cluster.config import DPOConfig, ModelConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.schedule import learning_rate
-from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
+from rlhf_cluster.models.batching import PackedBatch
 from rlhf_cluster.models.forward import PolicyModule
-from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype, save_policy
-from rlhf_cluster.models.rankings import whole_prompts
-from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
+from rlhf_cluster.models.rankings import RankedRows, accumulate, means, of_all_sequences, prompt_batches, tally
+from rlhf_cluster.models.trained import leave_policy
 from rlhf_cluster.records import Comparisons
 
 STAGE = "dpo"
@@ -51,17 +52,16 @@ class DPOJob:
 
     def batches(self) -> Iterator[np.ndarray]:
         """The prompts of each optimizer step, reshuffled in every epoch, the same on all ranks."""
-        for epoch in range(self.cfg.epochs):
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.comparisons))
-            yield from np.split(order, range(self.cfg.batch_size, len(order), self.cfg.batch_size))
+        return prompt_batches(len(self.comparisons), self.cfg.batch_size, self.cfg.epochs, self.seed)
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Log-probabilities of whole responses under the policy as it starts: [K] for each prompt of the comparisons, and
-    of each prompt with another one's best response (KTO's estimate of the KL)."""
+    for KTO's estimate of the KL of each prompt with another one's best response."""
 
     of_rankings: Sequence[np.ndarray]
+    mismatches: Sequence[np.ndarray]  # another prompt's best response [R] for each prompt; none but for KTO
     of_mismatches: np.ndarray
 
 
@@ -71,7 +71,7 @@ def train(ranks: Ranks, job: DPOJob, report: Report) -> None:
     dtype = resolve_dtype(job.model.dtype)
     policy = load_policy(job.policy_path, None, resolve_attention(job.model.attention))
     engine = TrainEngine(PolicyModule(policy, logprobs_from_logits), job.cfg.engine, job.cfg.optimizer, dtype, ranks)
-    reference, heldout = refer(engine, job, job.comparisons), refer(engine, job, job.heldout)
+    reference, heldout = refer(engine, job), _of_rankings(engine, job, job.heldout)
     total = job.steps()
     for step, prompts in enumerate(job.batches()):
         began = time.perf_counter()
@@ -82,17 +82,15 @@ def train(ranks: Ranks, job: DPOJob, report: Report) -> None:
             metrics |= evaluate(engine, job, heldout)
         if ranks.rank == 0:
             report(step, metrics)
-    weights = PolicyModule.hf_names(engine.masters_on_rank_0())
-    if ranks.rank == 0:
-        tokenizer = load_tokenizer(job.policy_path, job.model.chat_template)
-        save_policy(policy.config, weights, tokenizer, job.output, torch.float32)
-    ranks.gather(None)  # nobody ends before the result is written
+    leave_policy(engine, policy.config, job.policy_path, job.model.chat_template, job.output)
 
 
-def refer(engine: TrainEngine, job: DPOJob, comparisons: Comparisons) -> Reference:
+def refer(engine: TrainEngine, job: DPOJob) -> Reference:
     """The reference's word on everything that will be asked, once: no second model is kept. A collective."""
-    mismatched = _mismatches(comparisons) if job.cfg.loss == "kto" else ([], [])
-    return Reference(_of_rankings(engine, job, comparisons), of_responses(engine, job, *mismatched))
+    shown = job.comparisons
+    mismatches = _mismatches(shown) if job.cfg.loss == "kto" else []
+    of_mismatches = of_responses(engine, job, shown.prompt_ids[: len(mismatches)], mismatches)
+    return Reference(_of_rankings(engine, job, shown), mismatches, of_mismatches)
 
 
 def _of_rankings(engine: TrainEngine, job: DPOJob, comparisons: Comparisons) -> list[np.ndarray]:
@@ -102,27 +100,18 @@ def _of_rankings(engine: TrainEngine, job: DPOJob, comparisons: Comparisons) -> 
     return np.split(found, np.cumsum([len(ranks) for ranks in comparisons.ranks])[:-1]) if len(comparisons) else []
 
 
-def _mismatches(comparisons: Comparisons) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Each prompt with the best response to the next one: what the policy would hardly say there."""
+def _mismatches(comparisons: Comparisons) -> list[np.ndarray]:
+    """For each prompt the best response to the next one: what the policy would hardly say there."""
     best = [own[int(np.argmin(ranks))] for own, ranks in zip(comparisons.responses, comparisons.ranks, strict=True)]
-    return list(comparisons.prompt_ids), [*best[1:], *best[:1]]
+    return [*best[1:], *best[:1]]
 
 
-@torch.no_grad()
 def of_responses(
     engine: TrainEngine, job: DPOJob, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Log-probability of each whole response, f64 [n], on every rank: each computes a share. A collective."""
-    ranks = engine.ranks
-    mine = range(ranks.rank, len(prompts), ranks.world)
+    """Log-probability of each whole response, f64 [n], on every rank. A collective."""
     limit = job.cfg.engine.tokens_per_micro_batch
-    own = micro_batches([prompts[i] for i in mine], [responses[i] for i in mine], singles(len(mine)), limit)
-    batches = filled_up(own, int(ranks.max(len(own))))
-    parts = [list(response_sums(engine, batch.to(_device())).cpu().numpy()) for batch in batches]
-    found = np.zeros(len(prompts))
-    for rank, share in enumerate(ranks.gather(in_order(batches, parts, len(mine)))):
-        found[rank :: ranks.world] = share
-    return found
+    return of_all_sequences(engine.ranks, prompts, responses, limit, partial(response_sums, engine))
 
 
 def response_sums(engine: TrainEngine, batch: PackedBatch) -> torch.Tensor:
@@ -135,36 +124,23 @@ def response_sums(engine: TrainEngine, batch: PackedBatch) -> torch.Tensor:
 
 def gradient(engine: TrainEngine, job: DPOJob, prompts: np.ndarray, reference: Reference) -> dict[str, float]:
     """Accumulates the gradient of the mean over `prompts` of the loss, over all ranks."""
-    ranks, limit = engine.ranks, job.cfg.engine.tokens_per_micro_batch
     baseline = _baseline(engine, job, prompts, reference)
-    own = list(whole_prompts(job.comparisons, prompts[ranks.rank :: ranks.world], limit, _device()))
-    sums = torch.zeros(4, dtype=torch.float64)  # loss over prompts, pairs, correct pairs, margins
-    for index, batch in enumerate(filled_up([batch for batch, _ in own], int(ranks.max(len(own))))):
-        found = response_sums(engine, batch.to(_device()))
-        losses = [
-            preference_loss(
-                found[ranked.rows] - torch.from_numpy(reference.of_rankings[ranked.prompt]).to(found),
-                ranked.ranks,
-                baseline,
-                job.cfg,
-            )
-            for ranked in (own[index][1] if index < len(own) else [])
-        ]
-        loss = torch.stack([one.loss for one in losses]).sum() if losses else 0.0 * found.sum()
-        engine.backward(loss / len(prompts))
-        for one in losses:
-            sums += torch.stack([one.loss.detach(), one.pairs, one.correct_pairs, one.margin_sum]).double().cpu()
-    return _metrics(ranks.sum(sums).tolist(), len(prompts), "") | (
-        {"dpo/kl": baseline} if job.cfg.loss == "kto" else {}
-    )
+
+    def loss_of(found: torch.Tensor, ranked: RankedRows) -> RankingLoss:
+        log_ratios = found[ranked.rows] - torch.from_numpy(reference.of_rankings[ranked.prompt]).to(found)
+        return preference_loss(log_ratios, ranked.ranks, baseline, job.cfg)
+
+    limit = job.cfg.engine.tokens_per_micro_batch
+    sums = accumulate(engine, job.comparisons, prompts, limit, partial(response_sums, engine), loss_of)
+    return means(sums, len(prompts), "dpo/") | ({"dpo/kl": baseline} if job.cfg.loss == "kto" else {})
 
 
 def _baseline(engine: TrainEngine, job: DPOJob, prompts: np.ndarray, reference: Reference) -> float:
     """KTO's reference point: how far the policy is from where it started, at least 0. A collective."""
     if job.cfg.loss != "kto":
         return 0.0
-    all_prompts, others = _mismatches(job.comparisons)
-    found = of_responses(engine, job, [all_prompts[i] for i in prompts], [others[i] for i in prompts])
+    asked = [job.comparisons.prompt_ids[i] for i in prompts]
+    found = of_responses(engine, job, asked, [reference.mismatches[i] for i in prompts])
     return max(0.0, float(np.mean(found - reference.of_mismatches[prompts])))
 
 
@@ -177,27 +153,12 @@ def preference_loss(log_ratios: torch.Tensor, ranks: torch.Tensor, baseline: flo
     return ranking_loss(cfg.beta * log_ratios, ranks, cfg.label_smoothing)
 
 
-def evaluate(engine: TrainEngine, job: DPOJob, reference: Reference) -> dict[str, float]:
+def evaluate(engine: TrainEngine, job: DPOJob, reference: Sequence[np.ndarray]) -> dict[str, float]:
     """Agreement of the policy's own rewards with held-out rankings. A collective."""
     if not len(job.heldout):
         return {}
     sums = torch.zeros(4, dtype=torch.float64)
     found = _of_rankings(engine, job, job.heldout)
-    for own, ref, ranks in zip(found, reference.of_rankings, job.heldout.ranks, strict=True):
-        one = ranking_loss(job.cfg.beta * torch.from_numpy(own - ref), torch.tensor(ranks.tolist()))
-        sums += torch.stack([one.loss, one.pairs, one.correct_pairs, one.margin_sum]).double()
-    return _metrics(sums.tolist(), len(found), "heldout_")
-
-
-def _metrics(sums: Sequence[float], prompts: int, prefix: str) -> dict[str, float]:
-    loss, pairs, correct, margin = sums
-    pairs = max(pairs, 1.0)
-    return {
-        f"dpo/{prefix}loss": loss / prompts,
-        f"dpo/{prefix}accuracy": correct / pairs,
-        f"dpo/{prefix}margin": margin / pairs,
-    }
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    for own, ref, ranks in zip(found, reference, job.heldout.ranks, strict=True):
+        sums += tally(ranking_loss(job.cfg.beta * torch.from_numpy(own - ref), torch.tensor(ranks.tolist())))
+    return means(sums.tolist(), len(found), "dpo/heldout_")

@@ -129,13 +129,13 @@ def _require_rewards(cfg: RunConfig, inputs: Inputs) -> None:
     for name, part in part_names(cfg.reward).items():
         if part.kind in ("math", "exact"):
             _require_answers(f"the reward {name}", part.column, inputs)
-        if part.kind in ("function", "math", "exact", "regex", "json_schema"):
+        if part.kind in ("function", "regex", "json_schema"):  # what may be wrong with the others was seen above
             function = FunctionCall(function_spec(part))
             try:
                 function.start()
             except FunctionLoadError as error:
                 what = part.path or part.pattern or part.schema
-                raise ConfigError(f"the reward {name} ({what or part.kind}) cannot be loaded: {error}") from error
+                raise ConfigError(f"the reward {name} ({what}) cannot be loaded: {error}") from error
             finally:
                 function.close()
     if cfg.reward.token_env and not os.environ.get(cfg.reward.token_env):

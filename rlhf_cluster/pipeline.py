@@ -31,13 +31,12 @@ from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.cluster.train import train_on_ranks
 from rlhf_cluster.config import ConfigError, Resources, RunConfig, differences, load_file, to_yaml
 from rlhf_cluster.data.batches import PromptOrder, heldout_members
-from rlhf_cluster.data.labelers import make_labeler
 from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, sample_heldout, samples
 from rlhf_cluster.inputs import Inputs, load_inputs
 from rlhf_cluster.interrupts import run_async
-from rlhf_cluster.ranking import Judge, RankingError, rank_samples, split_comparisons
-from rlhf_cluster.records import Comparisons, Pretraining, ReferencedRollouts, Rollouts, ScoredRollouts
+from rlhf_cluster.ranking import Judge, RankingError, make_judge, rank_samples, split_comparisons
+from rlhf_cluster.records import Comparisons, Pretraining, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.durable import StorageError, replace_text
 from rlhf_cluster.storage.rollout_log import RolloutLog
@@ -430,15 +429,7 @@ def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
 
 
 def _judge(run: Run, name: str) -> Judge:
-    """A labeler who reads rollouts."""
-    labeler, column = make_labeler(name), run.cfg.data.answer_column
-
-    def judge(rollouts: Rollouts) -> list[float]:
-        has_answers = column in rollouts.table.column_names
-        answers = rollouts.table.column(column).to_pylist() if has_answers else [None] * len(rollouts)
-        return labeler.score([*map(run.inputs.text, rollouts.response_ids)], answers)
-
-    return judge
+    return make_judge(name, run.cfg.data.answer_column, run.inputs.text)
 
 
 def _show(run: Run, step: int, batch: Batch) -> None:

@@ -120,7 +120,8 @@ async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, tim
         members = prompts.refill(step, attempt, len(gone) // together, together)
         await rooms.learner.replace(step, gone, members.sample_id)
     restored = admission.restore_filtered(gone)
-    if missing := [sample_id for sample_id in gone if sample_id not in set(restored.sample_id)]:
+    kept = set(restored.sample_id)
+    if missing := [sample_id for sample_id in gone if sample_id not in kept]:
         await rooms.learner.replace(step, missing, [])
     if len(restored):
         await rooms.learner.add(step, restored)
@@ -200,8 +201,7 @@ def make_control(cfg: PPOConfig, start: Start) -> Control:
 
 
 def make_guardrails(cfg: PPOConfig, start: Start) -> Guardrails:
-    names = ("kl", "entropy", "length", "clipfrac", "grad_norm")
-    rails = Guardrails({name: Rail(**vars(getattr(cfg.guardrails, name))) for name in names})
+    rails = Guardrails({name: Rail(rail.limit, rail.action) for name, rail in cfg.guardrails.rails.items()})
     rails.restore(start.guardrails)
     return rails
 

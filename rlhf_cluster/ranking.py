@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_cluster.data.labelers import rank
+from rlhf_cluster.data.labelers import make_labeler, rank
 from rlhf_cluster.records import Comparisons, Members, Rollouts
 from rlhf_cluster.rooms import Generation
 
@@ -18,6 +18,18 @@ class RankingError(RuntimeError):
 
 
 Judge = Callable[[Rollouts], Sequence[float]]  # one score per rollout
+
+
+def make_judge(name: str, answer_column: str, text: Callable[[Any], str]) -> Judge:
+    """A labeler who reads rollouts; `answer_column` is the prompts' column with the right answer, if they have it."""
+    labeler = make_labeler(name)
+
+    def judge(rollouts: Rollouts) -> list[float]:
+        has_answers = answer_column in rollouts.table.column_names
+        answers = rollouts.table.column(answer_column).to_pylist() if has_answers else [None] * len(rollouts)
+        return labeler.score([*map(text, rollouts.response_ids)], answers)
+
+    return judge
 
 
 async def rank_samples(generation: Generation, members: Members, judge: Judge, tie_margin: float) -> Comparisons:

@@ -21,9 +21,8 @@ from rlhf_cluster.config import ModelConfig, RMConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.schedule import learning_rate
-from rlhf_cluster.models.batching import filled_up, in_order, micro_batches, singles
 from rlhf_cluster.models.load import resolve_attention, resolve_dtype
-from rlhf_cluster.models.rankings import whole_prompts
+from rlhf_cluster.models.rankings import accumulate, means, of_all_sequences, prompt_batches
 from rlhf_cluster.models.score_head import ScalarHeadModel, save_scalar_head_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Comparisons, Demonstrations
@@ -52,9 +51,7 @@ class RMJob:
 
     def batches(self) -> Iterator[np.ndarray]:
         """The prompts of each optimizer step, reshuffled in every epoch, the same on all ranks."""
-        for epoch in range(self.cfg.epochs):
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.comparisons))
-            yield from np.split(order, range(self.cfg.batch_size, len(order), self.cfg.batch_size))
+        return prompt_batches(len(self.comparisons), self.cfg.batch_size, self.cfg.epochs, self.seed)
 
 
 @dataclass(frozen=True)
@@ -118,43 +115,24 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
 
 def gradient(engine: TrainEngine, job: RMJob, prompts: np.ndarray) -> dict[str, float]:
     """Accumulates the gradient of the mean over `prompts` of eq. (1), over all ranks."""
-    ranks = engine.ranks
     limit = job.cfg.engine.tokens_per_micro_batch
-    own = list(whole_prompts(job.comparisons, prompts[ranks.rank :: ranks.world], limit, _device()))
-    sums = torch.zeros(4, dtype=torch.float64)  # loss over prompts, pairs, correct pairs, margins
-    micro = filled_up([batch for batch, _ in own], int(ranks.max(len(own))))
-    for index, batch in enumerate(micro):
-        scores = engine(*batch.to(_device()).score_arguments())
-        rankings = own[index][1] if index < len(own) else []
-        losses = [ranking_loss(scores[ranked.rows], ranked.ranks) for ranked in rankings]
-        loss = torch.stack([one.loss for one in losses]).sum() if losses else 0.0 * scores.sum()
-        engine.backward(loss / len(prompts))
-        for one in losses:
-            sums += torch.stack([one.loss.detach(), one.pairs, one.correct_pairs, one.margin_sum]).double().cpu()
-    loss_sum, pairs, correct, margin = ranks.sum(sums).tolist()
-    pairs = max(pairs, 1.0)
-    return {"rm/loss": loss_sum / len(prompts), "rm/accuracy": correct / pairs, "rm/margin": margin / pairs}
+    sums = accumulate(
+        engine,
+        job.comparisons,
+        prompts,
+        limit,
+        lambda batch: engine(*batch.score_arguments()),
+        lambda scores, ranked: ranking_loss(scores[ranked.rows], ranked.ranks),
+    )
+    return means(sums, len(prompts), "rm/")
 
 
-@torch.no_grad()
 def score(
     engine: TrainEngine, job: RMJob, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Scores of all sequences, on every rank: each computes a share. A collective."""
-    ranks = engine.ranks
-    mine = range(ranks.rank, len(prompts), ranks.world)
-    own = micro_batches(
-        [prompts[i] for i in mine],
-        [responses[i] for i in mine],
-        singles(len(mine)),
-        job.cfg.engine.tokens_per_micro_batch,
-    )
-    batches = filled_up(own, int(ranks.max(len(own))))
-    parts = [list(engine(*batch.to(_device()).score_arguments()).float().cpu().numpy()) for batch in batches]
-    scores = np.zeros(len(prompts))
-    for rank, share in enumerate(ranks.gather(in_order(batches, parts, len(mine)))):
-        scores[rank :: ranks.world] = share
-    return scores
+    """Scores of all sequences, on every rank. A collective."""
+    limit = job.cfg.engine.tokens_per_micro_batch
+    return of_all_sequences(engine.ranks, prompts, responses, limit, lambda batch: engine(*batch.score_arguments()))
 
 
 def evaluate(engine: TrainEngine, job: RMJob) -> RMEvaluation:
@@ -203,7 +181,3 @@ def summarize(margins: Sequence[np.ndarray], by_length: Sequence[np.ndarray]) ->
 def _correct(margins: np.ndarray) -> float:
     """Pairs that are told apart rightly; a tie of the scores counts as half."""
     return float((margins > 0).sum() + 0.5 * (margins == 0).sum())
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,12 +11,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
 from rlhf_cluster.algo.losses import sft_loss
@@ -29,12 +28,12 @@ from rlhf_cluster.models.batching import filled_up, micro_batches, pack, singles
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import (
     add_residual_dropout,
+    compute_device,
     load_policy,
     resolve_attention,
     resolve_dtype,
-    save_policy,
 )
-from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.models.trained import leave_policy
 from rlhf_cluster.records import Demonstrations, Pretraining
 
 STAGE = "sft"
@@ -104,6 +103,7 @@ def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
     if job.cfg.dropout:
         add_residual_dropout(policy, job.cfg.dropout)
     engine = TrainEngine(PolicyModule(policy, logprobs_from_logits), job.cfg.engine, job.cfg.optimizer, dtype, ranks)
+    leave = partial(leave_policy, engine, policy.config, job.base_path, job.model.chat_template)
     total = job.steps()
     for step, rows in enumerate(job.batches()):
         began = time.perf_counter()
@@ -116,18 +116,9 @@ def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
             report(step, {**metrics, "timing_s/step": seconds, "perf/throughput": tokens / seconds})
         epoch, left = divmod(step + 1, total // job.cfg.epochs)
         if job.cfg.select == "reward" and not left:
-            save(engine, policy.config, job, job.epoch_output(epoch))
+            leave(job.epoch_output(epoch))
     if job.cfg.select == "last":
-        save(engine, policy.config, job, job.output)
-
-
-def save(engine: TrainEngine, config: PreTrainedConfig, job: SFTJob, output: Path) -> None:
-    """The policy in float32: the next stage's masters. A collective."""
-    weights = PolicyModule.hf_names(engine.masters_on_rank_0())
-    if engine.ranks.rank == 0:
-        tokenizer = load_tokenizer(job.base_path, job.model.chat_template)
-        save_policy(config, weights, tokenizer, output, torch.float32)
-    engine.ranks.gather(None)  # nobody goes on before the result is written
+        leave(job.output)
 
 
 def gradient(engine: TrainEngine, job: SFTJob, rows: list[list[int]]) -> tuple[float, float]:
@@ -137,7 +128,7 @@ def gradient(engine: TrainEngine, job: SFTJob, rows: list[list[int]]) -> tuple[f
     counts = torch.tensor([sum(int(b.response_lengths.sum()) for b in batches), sum(b.padded_tokens for b in batches)])
     responses, padded = ranks.sum(counts.double()).tolist()
     total = torch.zeros((), dtype=torch.float64)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device()
     for batch in filled_up(batches, int(ranks.max(len(batches)))):
         logprobs, _ = engine(*batch.to(device).policy_arguments(), 1.0)
         loss = sft_loss(logprobs, torch.full_like(logprobs, float((batch.sequences >= 0).all())))

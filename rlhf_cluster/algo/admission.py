@@ -52,19 +52,27 @@ class Admission:
 
     def take(self, scored: ScoredRollouts) -> ScoredRollouts:
         """The rows that pass now, which may be none, or more than came."""
-        passed = []
+        arrived: dict[str, list[int]] = defaultdict(list)
         for index, name in enumerate(getattr(scored, self._key)):
-            group = self._waiting[name]
-            group.append(scored.take([index]))
-            if len(group) == self._expected[name]:
-                rows = ScoredRollouts.concat(group)
-                state = self._judge(rows)
-                self._settled[state].append(rows)
-                if state == TRAINED:
-                    passed.append(rows)
-                else:
-                    self._gone += rows.sample_id
-                del self._waiting[name], self._expected[name]
+            arrived[name].append(index)
+        whole: dict[str, list[int]] = defaultdict(list)  # by state: rows of groups that came in one piece
+        parts = []
+        for name, indices in arrived.items():
+            if len(indices) == self._expected[name]:
+                whole[self._judge([scored.failure[i] for i in indices], scored.score[indices])] += indices
+            else:
+                self._waiting[name].append(scored.take(indices))
+                if sum(map(len, self._waiting[name])) < self._expected[name]:
+                    continue
+                rows = ScoredRollouts.concat(self._waiting.pop(name))
+                parts.append((self._judge(rows.failure, rows.score), rows))
+            del self._expected[name]
+        # One table for each state, not one for each row: hundreds of those take tens of milliseconds.
+        parts += [(state, scored.take(indices)) for state, indices in whole.items()]
+        for state, rows in parts:
+            self._settled[state].append(rows)
+            self._gone += [] if state == TRAINED else rows.sample_id
+        passed = [rows for state, rows in parts if state == TRAINED]
         return ScoredRollouts.concat(passed) if passed else scored.slice(0, 0)
 
     def gone(self) -> list[str]:
@@ -77,16 +85,17 @@ class Admission:
         does."""
         if self._settled[TRAINED]:
             return ScoredRollouts.empty()
-        restored = [rows for rows in self._settled[FILTERED] if rows.sample_id[0] in gone]
-        self._settled[TRAINED] = restored
-        self._settled[FILTERED] = [rows for rows in self._settled[FILTERED] if rows.sample_id[0] not in gone]
-        return ScoredRollouts.concat(restored)
+        filtered, wanted = ScoredRollouts.concat(self._settled[FILTERED]), set(gone)
+        back = np.array([sample_id in wanted for sample_id in filtered.sample_id], bool)
+        restored = filtered.take(np.flatnonzero(back))
+        self._settled[TRAINED], self._settled[FILTERED] = [restored], [filtered.take(np.flatnonzero(~back))]
+        return restored
 
     def batch(self) -> Batch:
         rows = {state: ScoredRollouts.concat(parts) for state, parts in self._settled.items() if parts}
         return Batch(rows.pop(TRAINED, ScoredRollouts.empty()), rows)
 
-    def _judge(self, rows: ScoredRollouts) -> str:
-        if any(rows.failure):
+    def _judge(self, failures: Sequence[str], scores: np.ndarray) -> str:
+        if any(failures):
             return DROPPED
-        return FILTERED if self._telling and np.ptp(rows.score) < 1e-8 else TRAINED
+        return FILTERED if self._telling and np.ptp(scores) < 1e-8 else TRAINED

@@ -90,6 +90,13 @@ class Starter:
             hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
         return hosts, [self._answer(host, "start", host.actor.start.remote(version)) for host in hosts]
 
+    async def generation_alone(self, policy: Path) -> GenerationPool:
+        """Generation workers that no learner publishes to."""
+        channel = await self.open_channel()
+        hosts, starting = self.start_generation(policy, 0)
+        await asyncio.gather(*starting)
+        return GenerationPool(hosts, channel, self.cfg.cluster.call_timeout_s)
+
     def start_reward(self, policy: Path, reward_model: Path | None) -> list[Host]:
         """`policy`: whose tokens are read; `reward_model`: stage 2's, where there is one."""
         cfg = self.cfg
@@ -170,10 +177,7 @@ async def open_generation(cfg: RunConfig, attempt: Attempt, policy: Path) -> Asy
     """The generation workers alone: to sample what a labeler ranks, or to answer prompts from a file."""
     starter = Starter(cfg, attempt)
     try:
-        channel = await starter.open_channel()
-        hosts, starting = starter.start_generation(policy, 0)
-        await asyncio.gather(*starting)
-        yield GenerationPool(hosts, channel, cfg.cluster.call_timeout_s)
+        yield await starter.generation_alone(policy)
     finally:
         await starter.end()
 
@@ -183,13 +187,11 @@ async def open_judges(
     cfg: RunConfig, attempt: Attempt, policy: Path
 ) -> AsyncIterator[tuple[GenerationPool, RewardPool]]:
     """Generation and reward workers: to see what a policy's samples are worth."""
-    starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
+    starter = Starter(cfg, attempt)
     try:
-        channel = await starter.open_channel()
-        hosts, starting = starter.start_generation(policy, 0)
         reward = starter.start_reward(policy, None)
-        await asyncio.gather(starter.ready(reward), *starting)
-        yield GenerationPool(hosts, channel, deadline), RewardPool(reward, deadline)
+        generation, _ = await asyncio.gather(starter.generation_alone(policy), starter.ready(reward))
+        yield generation, RewardPool(reward, cfg.cluster.call_timeout_s)
     finally:
         await starter.end()
 

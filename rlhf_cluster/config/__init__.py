@@ -6,6 +6,7 @@ Nothing else knows Hydra or OmegaConf: what `load` returns is plain dataclasses,
 from rlhf_cluster.config.loading import conf_directory, differences, load, load_file, to_yaml
 from rlhf_cluster.config.tree import (
     ADVANTAGES,
+    COMPUTED_REWARDS,
     GROUP_ADVANTAGES,
     AdvantageConfig,
     ClusterConfig,
@@ -41,6 +42,7 @@ from rlhf_cluster.config.validation import validate
 
 __all__ = [
     "ADVANTAGES",
+    "COMPUTED_REWARDS",
     "GROUP_ADVANTAGES",
     "AdvantageConfig",
     "ClusterConfig",

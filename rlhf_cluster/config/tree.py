@@ -11,9 +11,9 @@ from typing import Any
 
 STAGES = ("sft", "rm", "dpo", "ppo")
 RAIL_ACTIONS = ("warn", "skip", "rollback", "stop")
-REWARD_KINDS = (
-    *("model", "random", "function", "http", "math", "exact", "regex", "json_schema", "length", "repetition"),
-)
+VERIFIERS, PENALTIES = ("math", "exact", "regex", "json_schema"), ("length", "repetition")
+REWARD_KINDS = ("model", "random", "function", "http", *VERIFIERS, *PENALTIES)
+COMPUTED_REWARDS = ("model", "random", *PENALTIES)  # by a scorer itself; the others ask somebody
 GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 ADVANTAGES = ("gae", "reinforce_plus_plus", *GROUP_ADVANTAGES)
 
@@ -207,6 +207,11 @@ class GuardrailsConfig:
     grad_norm: RailConfig = field(default_factory=RailConfig)  # of an optimizer step, before clipping, at most: but for
     # warn, a step beyond it is not taken
     not_finite: str = "stop"  # a gradient that is NaN or infinite moves nothing: skip the step | stop the run
+
+    @property
+    def rails(self) -> dict[str, RailConfig]:
+        """All limits, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, RailConfig)}
 
 
 @dataclass

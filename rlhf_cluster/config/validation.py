@@ -270,8 +270,8 @@ def _validate_ptx(cfg: RunConfig) -> None:
 def _validate_guardrails(cfg: RunConfig) -> None:
     rails = cfg.ppo.guardrails
     _one_of("ppo.guardrails.not_finite", rails.not_finite, ("skip", "stop"))
-    for name in ("kl", "entropy", "length", "clipfrac", "grad_norm"):
-        rail, key = getattr(rails, name), f"ppo.guardrails.{name}"
+    for name, rail in rails.rails.items():
+        key = f"ppo.guardrails.{name}"
         after = name == "clipfrac"  # the update has been made by then
         _one_of(f"{key}.action", rail.action, ("warn", "rollback", "stop") if after else RAIL_ACTIONS)
         _require(rail.limit >= 0, f"{key}.limit={rail.limit}: it must not be negative; 0 watches nothing")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,49 +10,21 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cluster.algo.losses import value_loss
-from rlhf_cluster.config import GuardrailsConfig, LoRAConfig, PPOConfig
-from rlhf_cluster.engine.engine import EngineError, TrainEngine
+from rlhf_cluster.config import GuardrailsConfig, PPOConfig
+from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.learner.experience import Experience
 from rlhf_cluster.learner.statistics import Tally, explained_variance, tally_values
+from rlhf_cluster.learner.step import guarded_step
 from rlhf_cluster.models.batching import PackedBatch
-from rlhf_cluster.models.lora import is_transposed, merged
+from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.models.score_head import ScalarHeadModel, save_scalar_head_model
-
-
-@dataclass(frozen=True)
-class Step:
-    """The gradient norm before clipping, and whether the optimizer's step was taken."""
-
-    norm: float
-    taken: bool
-
-    def tally(self, tally: Tally, model: str) -> None:
-        """A norm that is not finite counts as a step left out alone: no mean has room for it."""
-        if math.isfinite(self.norm):
-            tally.mean(f"{model}/grad_norm", self.norm, 1)
-            tally.top(f"{model}/grad_norm_max", self.norm)
-        tally.mean(f"{model}/steps_skipped", float(not self.taken), 1)
-
-
-def guarded_step(engine: TrainEngine, rate: float, guardrails: GuardrailsConfig) -> Step:
-    """An optimizer step that a gradient beyond its rail does not make; one that is not finite never does, and raises
-    EngineError unless such steps are to be left out. A collective."""
-    rail = guardrails.grad_norm
-    limit = rail.limit if rail.limit and rail.action != "warn" else math.inf
-    if guardrails.not_finite == "stop" and limit == math.inf:
-        return Step(engine.step(rate), True)
-    norm = engine.step_within(rate, limit)
-    if not math.isfinite(norm) and guardrails.not_finite == "stop":
-        raise EngineError(f"the gradient norm is {norm}, so no step was taken (ppo.guardrails.not_finite=stop)")
-    return Step(norm, norm <= limit and math.isfinite(norm))
 
 
 class Critic:
     """A body with a scalar head under its own engine: the value before each response token."""
 
-    def __init__(self, model: ScalarHeadModel, lora: LoRAConfig, engine: TrainEngine) -> None:
-        self.config, self.engine, self._lora = model.config, engine, lora
-        self._transposed = is_transposed(model)
+    def __init__(self, model: ScalarHeadModel, adapters: Adapters, engine: TrainEngine) -> None:
+        self.config, self.engine, self._adapters = model.config, engine, adapters
 
     @property
     def engines(self) -> Mapping[str, TrainEngine]:
@@ -92,7 +62,7 @@ class Critic:
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         """A plain Hugging Face body with the head beside it. A collective."""
-        weights = merged(self.engine.weights_on_rank_0(), self._lora, self._transposed)
+        weights = self._adapters.merged(self.engine.weights_on_rank_0())
         if self.engine.ranks.rank == 0:
             save_scalar_head_model(self.config, weights, tokenizer, directory, self.engine.dtype)
 

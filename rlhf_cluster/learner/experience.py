@@ -17,7 +17,7 @@ from rlhf_cluster.algo.masked import mean_var, moments, whiten
 from rlhf_cluster.algo.rewards import kl_shaped_rewards, overlong_penalty, shape_scores
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.engine.ranks import Ranks
-from rlhf_cluster.learner.estimators import make_estimator
+from rlhf_cluster.learner.estimators import Rewarded, make_estimator
 from rlhf_cluster.models.batching import from_response_frame, response_mask, to_response_frame
 from rlhf_cluster.records import Controls
 
@@ -66,9 +66,8 @@ def make_experience(
     if cfg.advantage.whiten_rewards:
         rewards = _whiten(rewards, mask, ranks, shift_mean=False)
     values = to_response_frame([row.values for row in rows])
-    estimate = make_estimator(cfg.advantage)(
-        rewards, values, mask, [row.prompt_id for row in rows], [row.sample_id for row in rows], ranks
-    )
+    prompts, samples = [row.prompt_id for row in rows], [row.sample_id for row in rows]
+    estimate = make_estimator(cfg.advantage)(Rewarded(rewards, values, mask, prompts, samples), ranks)
     advantages = estimate.advantages
     if cfg.advantage.whiten:
         advantages = _whiten(advantages, mask, ranks, shift_mean=True)

@@ -15,11 +15,12 @@ from rlhf_cluster.config import GuardrailsConfig, LearnerConfig, ModelConfig
 from rlhf_cluster.engine.average import WeightAverage
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
-from rlhf_cluster.learner.critic import Critic, NoCritic, Step, guarded_step
+from rlhf_cluster.learner.critic import Critic, NoCritic
+from rlhf_cluster.learner.step import Step, guarded_step
 from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
 from rlhf_cluster.models.forward import PolicyModule
-from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
-from rlhf_cluster.models.lora import add_adapters, is_transposed, merged, save_adapter
+from rlhf_cluster.models.load import compute_device, load_policy, resolve_attention, resolve_dtype
+from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.models.score_head import ScalarHeadModel
 
 
@@ -54,15 +55,13 @@ class ActorCritic:
     ) -> None:
         dtype, attention = resolve_dtype(model.dtype), resolve_attention(model.attention)
         self.ranks = ranks
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = compute_device()
         self._tokens_per_micro_batch = cfg.engine.tokens_per_micro_batch
         logprobs = partial(logprobs_from_logits, entropy_gradient=entropy_gradient)
         language_model = load_policy(policy_path, None, attention)
-        if cfg.lora.rank:
-            add_adapters(language_model, cfg.lora)
+        self._adapters = Adapters(language_model, cfg.lora)
         policy = PolicyModule(language_model, logprobs)
         self.policy_config = language_model.config
-        self._lora, self._transposed = cfg.lora, is_transposed(language_model)
         self.policy = TrainEngine(policy, cfg.engine, cfg.policy, dtype, ranks)
         self.average = WeightAverage(self.policy, ema_decay) if ema_decay else None
         self.critic: Critic | NoCritic = NoCritic()
@@ -71,9 +70,8 @@ class ActorCritic:
                 value = ScalarHeadModel.from_policy(policy_path, None, attention, seed)
             else:
                 value = ScalarHeadModel.from_directory(critic_path, None, attention)
-            if cfg.lora.rank:
-                add_adapters(value.body, cfg.lora)
-            self.critic = Critic(value, cfg.lora, TrainEngine(value, cfg.engine, cfg.critic, dtype, ranks))
+            adapters = Adapters(value.body, cfg.lora)
+            self.critic = Critic(value, adapters, TrainEngine(value, cfg.engine, cfg.critic, dtype, ranks))
 
     def step_policy(self, rate: float, guardrails: GuardrailsConfig) -> Step:
         """One optimizer step, which the average follows. A collective."""
@@ -92,14 +90,14 @@ class ActorCritic:
         return self._plain(self.average.weights_on_rank_0())
 
     def _plain(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return merged(PolicyModule.hf_names(weights), self._lora, self._transposed)
+        return self._adapters.merged(PolicyModule.hf_names(weights))
 
     def save_adapter(self, directory: Path) -> None:
         """What `peft` opens, where there are adapters. A collective."""
-        if self._lora.rank:
+        if self._adapters.cfg.rank:
             weights = PolicyModule.hf_names(self.policy.masters_on_rank_0())
             if self.ranks.rank == 0:
-                save_adapter(weights, self._lora, self._transposed, directory)
+                self._adapters.save(weights, directory)
 
     @property
     def engines(self) -> dict[str, TrainEngine]:

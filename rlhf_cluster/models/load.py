@@ -42,6 +42,11 @@ LOGIT_TRANSFORMS = {
 }
 
 
+def compute_device() -> str:
+    """Where models compute: on the GPU where this process sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def resolve_dtype(name: str) -> torch.dtype:
     """`auto`: bfloat16 only where the hardware multiplies it natively; emulated, it is slower than float32."""
     if name == "auto":

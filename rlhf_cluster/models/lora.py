@@ -23,54 +23,54 @@ from rlhf_cluster.config import LoRAConfig
 BASE, A, B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-def add_adapters(model: PreTrainedModel, cfg: LoRAConfig) -> None:
-    """On every linear layer but the head that gives logits; all other parameters stop to learn."""
-    head = model.get_output_embeddings()
-    layers = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
-    inject_adapter_in_model(_peft(cfg, layers, is_transposed(model)), model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith((A, B)))
+class Adapters:
+    """The adapters of one model, or none where their rank is 0. The model gives weights by the names that they lead to;
+    here these become plain names again."""
 
+    def __init__(self, model: PreTrainedModel, cfg: LoRAConfig) -> None:
+        """On every linear layer of `model` but the head that gives logits; all other parameters stop to learn."""
+        self.cfg = cfg
+        # GPT-2 keeps its linear layers the other way round.
+        self._transposed = any(isinstance(module, Conv1D) for module in model.modules())
+        if cfg.rank:
+            head = model.get_output_embeddings()
+            linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+            inject_adapter_in_model(self._peft([name for name in linear if linear[name] is not head]), model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.endswith((A, B)))
 
-def merged(weights: Mapping[str, Tensor], cfg: LoRAConfig, transposed: bool) -> dict[str, Tensor]:
-    """Full weights by the names that an adapted model gives them -> by its plain names, adapters added. Without an
-    adapter they are returned as they are. `transposed`: as GPT-2 keeps its linear layers."""
-    found = {}
-    for name, tensor in weights.items():
-        if name.endswith((A, B)):
-            continue
-        plain = name.replace(BASE, ".")
-        layer = name.split(BASE)[0]
-        if BASE in name and name.endswith(".weight"):
-            update = weights[layer + B].float() @ weights[layer + A].float() * (cfg.alpha / cfg.rank)
-            tensor = (tensor.float() + (update.T if transposed else update)).to(tensor.dtype)
-        found[plain] = tensor
-    return found
+    def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Full weights by plain names, adapters added; as they are where there are no adapters."""
+        found = {}
+        for name, tensor in weights.items():
+            if name.endswith((A, B)):
+                continue
+            layer = name.split(BASE)[0]
+            if BASE in name and name.endswith(".weight"):
+                update = weights[layer + B].float() @ weights[layer + A].float() * (self.cfg.alpha / self.cfg.rank)
+                tensor = (tensor.float() + (update.T if self._transposed else update)).to(tensor.dtype)
+            found[name.replace(BASE, ".")] = tensor
+        return found
 
+    def save(self, weights: Mapping[str, Tensor], directory: Path) -> None:
+        """The adapters among `weights`, float32, as `peft.PeftModel.from_pretrained(base, directory)` reads them."""
+        layers = sorted({name.removesuffix(A) for name in weights if name.endswith(A)})
+        named = {
+            f"base_model.model.{name.replace('.default.', '.')}": tensor.detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in weights.items()
+            if name.endswith((A, B))
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(named, directory / "adapter_model.safetensors")
+        config = self._peft(layers)
+        config.inference_mode = True
+        config.save_pretrained(str(directory))
 
-def save_adapter(weights: Mapping[str, Tensor], cfg: LoRAConfig, transposed: bool, directory: Path) -> None:
-    """The adapters of `weights`, float32, as `peft` keeps them; `peft.PeftModel.from_pretrained(base, directory)`."""
-    layers = sorted({name.removesuffix(A) for name in weights if name.endswith(A)})
-    named = {
-        f"base_model.model.{name.replace('.default.', '.')}": tensor.detach().to("cpu", torch.float32, copy=True)
-        for name, tensor in weights.items()
-        if name.endswith((A, B))
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(named, directory / "adapter_model.safetensors")
-    config = _peft(cfg, layers, transposed)
-    config.inference_mode = True
-    config.save_pretrained(str(directory))
-
-
-def is_transposed(model: nn.Module) -> bool:
-    """Whether the model keeps its linear layers the other way round, as GPT-2 does."""
-    return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def _peft(cfg: LoRAConfig, layers: list[str], transposed: bool) -> LoraConfig:
-    return LoraConfig(
-        r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=0.0, target_modules=layers, fan_in_fan_out=transposed
-    )
+    def _peft(self, layers: list[str]) -> LoraConfig:
+        return LoraConfig(
+            r=self.cfg.rank,
+            lora_alpha=self.cfg.alpha,
+            lora_dropout=0.0,
+            target_modules=layers,
+            fan_in_fan_out=self._transposed,
+        )

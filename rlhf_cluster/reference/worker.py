@@ -9,7 +9,7 @@ import torch
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
 from rlhf_cluster.models.batching import in_order, micro_batches, singles
 from rlhf_cluster.models.forward import PolicyModule
-from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
+from rlhf_cluster.models.load import compute_device, load_policy, resolve_attention, resolve_dtype
 from rlhf_cluster.records import RefLogprobs, Rollouts
 
 
@@ -17,7 +17,7 @@ class ReferenceWorker:
     """A causal LM that only evaluates. `policy_path` is a plain Hugging Face directory."""
 
     def __init__(self, policy_path: str, dtype: str, attention: str, tokens_per_micro_batch: int) -> None:
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = compute_device()
         model = load_policy(Path(policy_path), resolve_dtype(dtype), resolve_attention(attention))
         self._policy = PolicyModule(model, logprobs_from_logits).to(self._device)
         self._tokens_per_micro_batch = tokens_per_micro_batch

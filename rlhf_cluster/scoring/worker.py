@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import xxhash
 
-from rlhf_cluster.config import RewardConfig, RewardPart, part_names
+from rlhf_cluster.config import COMPUTED_REWARDS, RewardConfig, RewardPart, part_names
 from rlhf_cluster.models.batching import in_order, micro_batches, singles
-from rlhf_cluster.models.load import resolve_attention, resolve_dtype
+from rlhf_cluster.models.load import compute_device, resolve_attention, resolve_dtype
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Rollouts, Scores
@@ -36,7 +36,7 @@ class ModelScorer:
     """A reward model: the scalar at the true last token of prompt and response (InstructGPT section 3.5)."""
 
     def __init__(self, path: str, dtype: str, attention: str, tokens_per_micro_batch: int) -> None:
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = compute_device()
         model = ScalarHeadModel.from_directory(Path(path), resolve_dtype(dtype), resolve_attention(attention))
         self._model = model.to(self._device)
         self._tokens_per_micro_batch = tokens_per_micro_batch
@@ -170,7 +170,7 @@ class RewardWorker:
 
 def failure_policy(part: RewardPart) -> str:
     """What a part's failure costs: the sample; or the run, where a model of ours is broken."""
-    return part.on_failure or ("stop" if part.kind in ("model", "random", "length", "repetition") else "drop")
+    return part.on_failure or ("stop" if part.kind in COMPUTED_REWARDS else "drop")
 
 
 def make_scorer(part: RewardPart, cfg: RewardConfig, inputs: ScorerInputs) -> Scorer:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster import config
+from rlhf_cluster.algo.guardrails import ACTIONS
 from rlhf_cluster.config import ConfigError, RunConfig, conf_directory, differences, load, load_file, to_yaml, validate
-from rlhf_cluster.config.tree import optimizers
+from rlhf_cluster.config.tree import RAIL_ACTIONS, optimizers
 
 PRIMARIES = ("pipeline", "sft", "rm", "dpo", "ppo")
 FILES = ["data.prompts=x", "data.demonstrations=x", "data.comparisons=x"]
@@ -337,3 +338,7 @@ def test_instructgpts_recipes_have_the_papers_numbers() -> None:
         baseline = load([f"recipe=instructgpt_{size}_sft", *paths]).sft
         found = (baseline.epochs, baseline.dropout, baseline.optimizer.lr, baseline.select)
         assert found == (16, 0.2, 9.65e-6, "reward")
+
+
+def test_the_loop_knows_the_actions_that_the_config_allows() -> None:
+    assert RAIL_ACTIONS == ACTIONS

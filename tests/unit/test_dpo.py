@@ -61,7 +61,7 @@ def logprob(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) ->
 
 def test_the_reference_is_the_policy_as_it_starts(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
     work = job(tiny, tmp_path)
-    found, model = refer(engine(tiny, work, one_rank), work, work.comparisons), load_policy(tiny, None, "eager")
+    found, model = refer(engine(tiny, work, one_rank), work), load_policy(tiny, None, "eager")
     shown = work.comparisons
     for prompt, responses, own in zip(shown.prompt_ids, shown.responses, found.of_rankings, strict=True):
         expected = [float(logprob(model, prompt, response).detach()) for response in responses]
@@ -73,7 +73,7 @@ def test_the_gradient_is_that_of_the_pairs_written_out(tiny: Path, one_rank: Ran
     """At the start all log-ratios are 0; after a step they are not. Both by plain torch, pair by pair."""
     work = job(tiny, tmp_path, limit)
     trained = engine(tiny, work, one_rank)
-    reference = refer(trained, work, work.comparisons)
+    reference = refer(trained, work)
     prompts = np.array([3, 0, 7])
     for _ in range(2):
         model = load_policy(tiny, None, "eager")
@@ -117,7 +117,7 @@ def test_kto_is_measured_from_the_kl_of_mismatched_pairs(tiny: Path, one_rank: R
     """Each prompt with the best response to the next: 0 at the start, and never below."""
     work = job(tiny, tmp_path, loss="kto")
     trained = engine(tiny, work, one_rank)
-    reference = refer(trained, work, work.comparisons)
+    reference = refer(trained, work)
     shown, model = work.comparisons, load_policy(tiny, None, "eager")
     expected = [
         float(logprob(model, shown.prompt_ids[i], shown.responses[(i + 1) % 10][0]).detach()) for i in range(10)

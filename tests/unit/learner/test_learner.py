@@ -34,7 +34,7 @@ from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.worker import LearnerError, LearnerWorker
 from rlhf_cluster.models.load import load_policy
-from rlhf_cluster.models.lora import add_adapters, is_transposed, merged
+from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts
@@ -549,14 +549,14 @@ def test_a_gpt2_is_adapted_too(one_rank: Ranks, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).eval()
     plain = {name: p.detach().clone() for name, p in model.named_parameters()}
-    add_adapters(model, LORA)
+    adapters = Adapters(model, LORA)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(0.0, 0.1)
     ids = torch.arange(9)[None]
     expected = model(ids).logits
-    found = merged(dict(model.named_parameters()), LORA, is_transposed(model))
+    found = adapters.merged(dict(model.named_parameters()))
     assert found.keys() == plain.keys()
     again = GPT2LMHeadModel(config).eval()
     again.load_state_dict(found, strict=False)
