@@ -343,14 +343,16 @@ async def _run_ppo(run: Run) -> None:
     async with open_rooms(cfg, run.attempt, inputs) as opened:
         start = await _resume(run, opened, checkpoints)
         before = await _before(run, opened)
+        timer = Timer(run.timeline, ppo.STAGE)
         log = ppo.Log(
             run.metrics,
-            Timer(run.timeline, ppo.STAGE),
+            timer,
             RolloutLog(run.directory.rollouts),
             checkpoints,
             lambda step, batch: _show(run, step, batch),
             run.progress.note,
             _gold_score(run),
+            partial(_on_the_way, run, opened, timer),
         )
         with run.progress.stage(ppo.STAGE, cfg.ppo.steps):
             await ppo.train(opened.rooms, PromptOrder(run.inputs.prompts, cfg.seed), cfg.ppo, log, start)
@@ -359,7 +361,8 @@ async def _run_ppo(run: Run) -> None:
         _compare(run, before, after)
         peaks = await opened.peak_memory()
         memory = {f"memory_gb/{name.replace(' ', '_')}": peak / 1e9 for name, peak in peaks.items()}
-        run.metrics.log(ppo.STAGE, cfg.ppo.steps, memory | log.timer.take())  # with the last checkpoint's seconds
+        last_checkpoint = timer.take()
+        run.metrics.log(ppo.STAGE, cfg.ppo.steps, after.metrics() | memory | last_checkpoint)
 
 
 async def _publish_result(run: Run, opened: OpenRooms) -> None:
@@ -391,9 +394,19 @@ async def _before(run: Run, opened: OpenRooms) -> HeldOut:
     if kept := run.output("before"):
         return read_heldout(kept / "heldout.parquet", run.cfg.evaluation.samples_per_prompt)
     sampled = await _heldout(run, opened, "before")
+    run.metrics.log(ppo.STAGE, 0, sampled.metrics())
     with run.directory.commit_stage("before") as output:
         pq.write_table(sampled.table(), output / "heldout.parquet")
     return sampled
+
+
+async def _on_the_way(run: Run, opened: OpenRooms, timer: Timer, version: int) -> Mapping[str, float]:
+    """The held-out samples of an iteration between the first and the last, where `evaluation.every` asks for them."""
+    every = run.cfg.evaluation.every
+    if not every or version % every or version == run.cfg.ppo.steps:
+        return {}
+    with timer("eval"):
+        return (await _heldout(run, opened, f"iteration {version}")).metrics()
 
 
 def read_heldout(path: Path, samples_per_prompt: int) -> HeldOut:

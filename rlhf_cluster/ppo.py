@@ -52,6 +52,11 @@ class EmptyBatchError(RuntimeError):
     """An iteration that has nothing to train on."""
 
 
+async def _never(version: int) -> Mapping[str, float]:
+    """No evaluation on the way."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Log:
     """Where a run writes down what happened."""
@@ -65,6 +70,7 @@ class Log:
     measure: Callable[[ScoredRollouts], Mapping[str, float]] = (
         lambda batch: {}
     )  # further metrics that nothing learns from
+    evaluate: Callable[[int], Awaitable[Mapping[str, float]]] = _never  # of the version that generation serves now
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,9 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                     await rooms.learner.publish(stats.weight_version)
                     await rooms.generation.receive(stats.weight_version)
                 control.after(stats.metrics["objective/kl"], len(batch.rows))
-            write_down(step, batch, stats, controls, alarms, log)  # first: what a checkpoint has behind it is on record
+            heldout = await log.evaluate(stats.weight_version)
+            # First, so that what a checkpoint has behind it is on record.
+            write_down(step, batch, stats, controls, alarms, heldout, log)
             if is_checkpoint(step, cfg):
                 with log.timer("save_checkpoint"):
                     await save(rooms, stats.weight_version, control, rails, log)
@@ -220,7 +228,13 @@ def resume(checkpoint: Path) -> Start:
 
 
 def write_down(
-    step: int, batch: Batch, stats: UpdateStats, controls: Controls, alarms: Sequence[Alarm], log: Log
+    step: int,
+    batch: Batch,
+    stats: UpdateStats,
+    controls: Controls,
+    alarms: Sequence[Alarm],
+    heldout: Mapping[str, float],
+    log: Log,
 ) -> None:
     """Rollouts, metrics and now and then a sample, once the iteration is done. The seconds of its checkpoint, which
     comes after, stand in the next record."""
@@ -234,6 +248,7 @@ def write_down(
             **stats.metrics,
             **parts_of_score(rows),
             **log.measure(rows),
+            **heldout,
             **seconds,
             "rollout/filtered": float(len(batch.others.get(FILTERED, ()))),
             "fault/dropped": float(len(batch.others.get(DROPPED, ()))),

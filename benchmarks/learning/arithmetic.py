@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import sums
 
 HERE = Path(__file__).parent
-WRONG, DEMONSTRATIONS, HELDOUT, SAMPLES = 0.3, 8000, 300, 4
+WRONG, DEMONSTRATIONS, HELDOUT, SAMPLES = 0.3, 6000, 300, 4
 
 COMMON = arms.options(
     model="pretrained",
@@ -33,12 +33,13 @@ COMMON = arms.options(
     generation__flush_ms=200,
     evaluation__gold="exact",
     evaluation__samples_per_prompt=SAMPLES,
+    evaluation__every=10,
     learner__engine__zero_stage=0,
 )
 SFT = arms.options(
     name="sft",
     stages="[sft]",
-    sft__epochs=12,
+    sft__epochs=18,
     sft__batch_size=64,
     sft__packing="false",
     sft__optimizer__lr=2e-3,
@@ -106,18 +107,18 @@ def one_seed(directory: Path, seed: int) -> dict[str, arms.Outcome]:
     found = {}
     for arm, overrides in ARMS.items():
         place = directory / "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
-        found[arm] = arms.outcome(place, arms.run(place, [*given, policy, *overrides]))
+        found[arm] = arms.outcome(arms.run(place, [*given, policy, *overrides]))
     return found
 
 
 def draw(found: dict[str, list[arms.Outcome]], path: Path) -> None:
-    """Exact match of the training batches over iterations: a line for each seed, a colour for each arm."""
+    """Exact match on held-out sums over iterations: a line for each seed, a colour for each arm."""
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     for number, (arm, outcomes) in enumerate(found.items()):
         for index, one in enumerate(outcomes):
-            gold = [gold for _, gold in one.curve]
-            axes.plot(range(1, len(gold) + 1), gold, color=f"C{number}", alpha=0.7, label=arm if not index else None)
-    axes.set(xlabel="iteration", ylabel="exact match of the batch", title="Sums below 100, SFT on 30 % wrong sums")
+            steps, gold = [point.step for point in one.points], [point.gold for point in one.points]
+            axes.plot(steps, gold, color=f"C{number}", alpha=0.7, label=arm if not index else None)
+    axes.set(xlabel="iteration", ylabel="exact match, held-out sums", title="Sums below 100, SFT on 30 % wrong sums")
     axes.legend()
     figure.savefig(path, dpi=130)
 

@@ -5,20 +5,31 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cluster.telemetry.comparison import Comparison
-from rlhf_cluster.telemetry.metrics import read_metrics
+from rlhf_cluster.telemetry.metrics import MetricsRecord, read_metrics
 
 COMMAND = str(Path(sys.executable).parent / "rlhf-cluster")
 
 
 @dataclass(frozen=True)
+class Point:
+    """Means over the held-out samples of one iteration; 0 is the policy before."""
+
+    step: int
+    kl: float
+    gold: float
+    score: float
+    response_length: float
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """The comparison on held-out prompts that a run ends with; errors are standard errors over prompts."""
+    """The comparison on held-out prompts that a run ends with, and the way there; errors are standard errors over
+    prompts."""
 
     before: float
     after: float
@@ -26,12 +37,11 @@ class Outcome:
     difference_se: float
     kl: float
     seconds: float
-    curve: tuple[tuple[float, float], ...]  # (KL, gold score) of each training batch
+    points: tuple[Point, ...]
 
 
-def run(directory: Path, overrides: Sequence[str], command: str = COMMAND) -> float:
-    """Runs to the end (or finds that it did); returns the seconds. Raises where it fails, with its last words."""
-    began = time.monotonic()
+def run(directory: Path, overrides: Sequence[str], command: str = COMMAND) -> Path:
+    """Runs to the end (or finds that it did); returns the directory. Raises where it fails, with its last words."""
     finished = subprocess.run(
         [command, "run", f"dir={directory}", "logging.progress=false", "logging.sample_every=0", *overrides],
         capture_output=True,
@@ -39,24 +49,28 @@ def run(directory: Path, overrides: Sequence[str], command: str = COMMAND) -> fl
     )
     if finished.returncode:
         raise RuntimeError(f"{directory.name}: {finished.stderr.strip() or finished.stdout[-500:]}")
-    return time.monotonic() - began
+    return directory
 
 
-def outcome(directory: Path, seconds: float) -> Outcome:
+def outcome(directory: Path) -> Outcome:
+    """What a finished run found."""
     told = Comparison.from_json((directory / "comparison.json").read_text())
-    curve = [
-        (record.metrics["objective/kl"], record.metrics["objective/gold"])
-        for record in read_metrics(directory / "metrics.jsonl")
-        if "objective/gold" in record.metrics and "objective/kl" in record.metrics
-    ]
+    records = [record for record in read_metrics(directory / "metrics.jsonl") if record.stage == "ppo"]
+    points = [point(record) for record in records if "eval/gold" in record.metrics]
+    kl = math.nan if told.kl_mean is None else told.kl_mean
     return Outcome(
-        told.before_mean,
-        told.after_mean,
-        told.difference,
-        told.difference_se,
-        math.nan if told.kl_mean is None else told.kl_mean,
-        seconds,
-        tuple((float(kl or 0.0), float(gold or 0.0)) for kl, gold in curve),
+        told.before_mean, told.after_mean, told.difference, told.difference_se, kl, records[-1].seconds, tuple(points)
+    )
+
+
+def point(record: MetricsRecord) -> Point:
+    told = {name: float("nan" if value is None else value) for name, value in record.metrics.items()}
+    return Point(
+        record.step,
+        told.get("eval/kl", math.nan),
+        told["eval/gold"],
+        told["eval/score"],
+        told["eval/response_length"],
     )
 
 

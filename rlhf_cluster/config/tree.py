@@ -366,6 +366,7 @@ class EvaluationConfig:
 
     gold: str = ""  # empty: the reward's own score; vader, exact, letters: a labeler, whom PPO never sees
     samples_per_prompt: int = 4
+    every: int = 0  # iterations between evaluations on the way; 0: only before the first and after the last
 
 
 @dataclass

@@ -119,6 +119,7 @@ def _validate_ranges(cfg: RunConfig) -> None:
         *((f"{name}.betas", beta) for name, optimizer in optimizers(cfg) for beta in optimizer.betas),
     )
     not_negative = (
+        ("evaluation.every", cfg.evaluation.every),
         ("ppo.kl.coef", cfg.ppo.kl.coef),
         ("ppo.kl.loss_coef", cfg.ppo.kl.loss_coef),
         ("ppo.clip", cfg.ppo.clip),

@@ -37,6 +37,16 @@ class HeldOut:
         pairs = zip(self.rollouts.rollout_logprobs, self.rollouts.ref_logprobs, strict=True)
         return np.array([float((own - ref).sum()) for own, ref in pairs]).reshape(-1, self.samples_per_prompt)
 
+    def metrics(self) -> dict[str, float]:
+        """Means over all samples, as they are logged; without a reference there is no KL."""
+        kl = self.kl()
+        return {
+            "eval/gold": float(self.gold.mean()),
+            "eval/score": float(self.rollouts.score.mean()),
+            "eval/response_length": float(np.mean([*map(len, self.rollouts.response_ids)])),
+            **({} if kl is None else {"eval/kl": float(kl.mean())}),
+        }
+
 
 async def sample_heldout(rooms: Rooms, members: Members, samples_per_prompt: int, gold: Gold | None) -> HeldOut:
     """Samples every member from the policy that generation serves now. Without `gold`, the reward's score is the

@@ -42,6 +42,7 @@ PLOTS = (
     Plot("Score (what PPO raises)", "score", ("objective/scores",)),
     Plot("Parts of the score", "score", ("reward/*",)),
     Plot("Gold score of the batch (never seen by PPO)", "gold score", ("objective/gold",)),
+    Plot("Held-out prompts", "mean score", ("eval/gold", "eval/score")),
     Plot("KL from the reference policy", "nats per response", ("objective/kl",)),
     Plot("Entropy of the policy", "nats", ("objective/entropy",)),
     Plot("Response length", "tokens", ("response_length/mean",)),
@@ -126,7 +127,7 @@ def summaries(records: Sequence[MetricsRecord]) -> list[StageSummary]:
     found, end = [], 0.0
     for name in dict.fromkeys(record.stage for record in records):
         of_stage = [record for record in records if record.stage == name]
-        steps = len({record.step for record in of_stage})
+        steps = len({record.step for record in of_stage if record.step})  # 0 is what stood before the first
         found.append(StageSummary(name, steps, clock_text(max(0.0, of_stage[-1].seconds - end)), _figures(of_stage)))
         end = max(end, of_stage[-1].seconds)
     return found

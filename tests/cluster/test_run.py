@@ -66,6 +66,10 @@ def require_complete(directory: Path, steps: int = 3) -> None:
         assert f"<h3>{curve}" in report
     comparison = json.loads((directory / "comparison.json").read_text())
     assert comparison["prompts"] == 8 and comparison["kl_mean"] is not None
+    records = read_metrics(directory / "metrics.jsonl")
+    evaluated = {record.step: record.metrics["eval/gold"] for record in records if "eval/gold" in record.metrics}
+    assert list(evaluated) == list(range(steps + 1))
+    assert (evaluated[0], evaluated[steps]) == pytest.approx((comparison["before_mean"], comparison["after_mean"]))
     checkpoint = Checkpoints(directory / "checkpoints").latest()
     assert checkpoint is not None and checkpoint.step == steps
     Checkpoints(directory / "checkpoints").verify(checkpoint)

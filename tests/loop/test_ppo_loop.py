@@ -60,12 +60,17 @@ class RunOfLoop:
                 show,
                 self.warned.append,
                 lambda rows: {"objective/rows": len(rows)},
+                self._evaluate,
             )
             try:
                 async with asyncio.timeout(20):
                     await ppo.train(self.fakes.rooms, ORDER, cfg, log, start)
             finally:
                 self.left = [repr(task) for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    async def _evaluate(self, version: int) -> dict[str, float]:
+        await asyncio.sleep(0)
+        return {"eval/asked": version, "eval/served": self.fakes.generation.version}
 
     @property
     def rollouts(self) -> RolloutLog:
@@ -170,6 +175,13 @@ def test_weights_are_received_as_they_are_published(tmp_path: Path) -> None:
     events = RunOfLoop(tmp_path)(max_staleness=1).fakes.events
     expected = [(verb, version) for version in range(1, STEPS + 1) for verb in ("publish", "receive")]
     assert events.of("publish", "receive") == expected
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_held_out_prompts_are_sampled_from_each_iterations_own_version(tmp_path: Path, max_staleness: int) -> None:
+    metrics = [record.metrics for record in RunOfLoop(tmp_path)(max_staleness=max_staleness).metrics]
+    found = [(record["eval/asked"], record["eval/served"]) for record in metrics]
+    assert found == [(step + 1, step + 1) for step in range(STEPS)]
 
 
 def test_with_a_penalty_rows_carry_the_reference(tmp_path: Path) -> None:

@@ -1,0 +1,278 @@
+"""How far can a score be raised before it stops to mean what it stood for? Reviews are steered towards praise by PPO
+against reward models of two sizes, with several KL coefficients; held-out prompts only.
+
+    python benchmarks/learning/sentiment.py --data FOLDER [--seeds 0 1 2] [--whole 0] [--out DIR]
+
+The gold score is VADER's; the proxy is a reward model trained on VADER's rankings; a second lexicon (AFINN), which
+neither PPO nor the reward models ever see, judges blindly. Beside PPO stands best-of-n from the same SFT policy, and a
+random reward as a control. The forms of Gao et al. 2022 are fitted to what comes out. Seeds in `--whole` run the whole
+grid, the others the arms of the claim alone. FOLDER holds VADER's snippets (`snippets.py`).
+
+Every run is `rlhf-cluster run`, as a person types it; what is finished is not run again. Leaves `sentiment.json` and
+`sentiment.png` beside this file, and prints the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import arms
+import gao
+import matplotlib.pyplot as plt
+import pyarrow.parquet as pq
+import snippets
+from afinn import Afinn
+from transformers import AutoTokenizer
+
+HERE = Path(__file__).parent
+HELDOUT, SAMPLES = 300, 4
+BEST_OF, BEST_OF_PROMPTS = 64, 100
+
+COMMON = arms.options(
+    model="pretrained",
+    model__context=snippets.CONTEXT,
+    data="files",
+    data__max_prompt_tokens=32,
+    data__heldout_prompts=HELDOUT,
+    generation__max_response_tokens=20,
+    generation__max_num_seqs=256,
+    generation__kv_cache_memory=268435456,
+    generation__flush_ms=300,
+    evaluation__gold="vader",
+    evaluation__samples_per_prompt=SAMPLES,
+    evaluation__every=10,
+    learner__engine__zero_stage=0,
+)
+SFT = arms.options(name="sft", stages="[sft]", sft__epochs=8, sft__batch_size=64, sft__optimizer__lr=2e-3)
+PPO = arms.options(
+    stages="[ppo]",
+    ppo__steps=60,
+    ppo__batch_size=128,
+    ppo__minibatch_size=64,
+    ppo__save_every=0,
+    learner__policy__lr=3e-4,
+    learner__policy__warmup_steps=3,
+    learner__critic__lr=6e-4,
+    learner__critic__warmup_steps=0,
+)
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A proxy: how many of the policy's layers it keeps, and of how many prompts it saw four responses ranked."""
+
+    layers: int
+    prompts: int
+
+    def options(self) -> list[str]:
+        return arms.options(
+            stages="[rm]",
+            rm__layers=self.layers,
+            rm__ranking__labeler="vader",
+            rm__ranking__prompts=self.prompts,
+            rm__ranking__responses=4,
+            rm__ranking__tie_margin=0.05,
+            rm__epochs=2,
+            rm__batch_size=16,
+            rm__optimizer__lr=5e-4,
+        )
+
+
+REWARD_MODELS = {"small": RewardModel(1, 100), "large": RewardModel(0, 1500)}
+COEFFICIENTS = (0.0, 0.02, 0.1, 0.3)
+CLAIM = (("large", 0.02), ("large", 0.0), ("small", 0.0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sentiment steering with over-optimisation.")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with VADER's snippets")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--whole", type=int, nargs="*", default=[0], help="seeds that run the whole grid")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning/sentiment"))
+    args = parser.parse_args()
+    found: dict[str, list[arms.Outcome]] = {}
+    blind: dict[str, list[Text]] = {}
+    for seed in args.seeds:
+        task = Task(args.out / f"seed-{seed}", args.data, seed)
+        for arm, directory in task.arms(whole=seed in args.whole).items():
+            found.setdefault(arm, []).append(arms.outcome(directory))
+            blind.setdefault(arm, []).append(read_text(directory / "heldout_after.parquet", task.model))
+            before, after = found[arm][-1].before, found[arm][-1].after
+            print(f"seed {seed}, {arm}: gold {before:+.3f} -> {after:+.3f}, KL {found[arm][-1].kl:.2f}", flush=True)
+    best = best_of_n(Task(args.out / f"seed-{args.seeds[0]}", args.data, args.seeds[0]).best_of_n())
+    blind = {"SFT": [read_text(*sft_samples(args.out / f"seed-{seed}")) for seed in args.seeds], **blind}
+    print(arms.table(found))
+    print(table_of_text(blind))
+    fits = {name: fit_arm(outcomes) for name, outcomes in found.items() if name.endswith("coefficient 0")}
+    fits["best-of-n"] = fit_best(best)
+    for name, one in fits.items():
+        print(f"{name}: {one.form}, a {one.a:.3f}, b {one.b:.3f}, R2 {one.r_squared:.3f}, peak at d {one.peak:.2f}")
+    everything = {
+        "seeds": args.seeds,
+        "arms": {arm: [dataclasses.asdict(one) for one in outcomes] for arm, outcomes in found.items()},
+        "text": {arm: [dataclasses.asdict(one) for one in texts] for arm, texts in blind.items()},
+        "best_of_n": [dataclasses.asdict(one) for one in best],
+        "fits": {name: dataclasses.asdict(one) for name, one in fits.items()},
+    }
+    (HERE / "sentiment.json").write_text(json.dumps(everything, indent=1) + "\n")
+    draw(found, best, fits, HERE / "sentiment.png")
+
+
+@dataclass(frozen=True)
+class Task:
+    """All runs of a seed, in one directory."""
+
+    directory: Path
+    source: Path
+    seed: int
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+    def given(self) -> list[str]:
+        data = self.directory / "data"
+        if not self.model.is_dir():
+            snippets.write_data(self.source, data)
+            snippets.write_model(self.source, self.model, self.seed)
+        return [
+            *COMMON,
+            f"model.path={self.model}",
+            f"data.prompts={data / 'prompts.jsonl'}",
+            f"data.demonstrations={data / 'demonstrations.jsonl'}",
+            f"seed={self.seed}",
+        ]
+
+    def policy(self) -> str:
+        sft = arms.run(self.directory / "sft", [*self.given(), *SFT])
+        return f"policy_path={sft / 'stages' / 'sft' / 'policy'}"
+
+    def reward(self, name: str) -> str:
+        options = [*self.given(), self.policy(), *REWARD_MODELS[name].options()]
+        trained = arms.run(self.directory / f"rm-{name}", options)
+        return f"reward.path={trained / 'stages' / 'rm' / 'reward_model'}"
+
+    def arms(self, whole: bool) -> dict[str, Path]:
+        """The directory of each arm, run to its end."""
+        grid = [(name, coef) for name in REWARD_MODELS for coef in COEFFICIENTS] if whole else CLAIM
+        common = [*self.given(), self.policy(), *PPO]
+        found = {
+            f"PPO, {name} reward model, coefficient {coef:g}": arms.run(
+                self.directory / f"ppo-{name}-{coef:g}", [*common, self.reward(name), f"ppo.kl.coef={coef}"]
+            )
+            for name, coef in grid
+        }
+        control = [*common, "reward=random", "ppo.kl.coef=0.02"]
+        return {**found, "PPO, random reward": arms.run(self.directory / "random", control)}
+
+    def best_of_n(self) -> Path:
+        """The SFT policy's samples, many of each prompt, with gold and proxy; the one iteration after them is of no
+        interest."""
+        options = [
+            *self.given(),
+            self.policy(),
+            self.reward("large"),
+            *PPO,
+            "ppo.steps=1",
+            f"data.heldout_prompts={BEST_OF_PROMPTS}",
+            f"evaluation.samples_per_prompt={BEST_OF}",
+        ]
+        return arms.run(self.directory / "best-of-n", options) / "stages" / "before" / "heldout.parquet"
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is to be said of the held-out responses of one policy, without gold or proxy."""
+
+    blind: float  # mean of the second lexicon's valence by response
+    ended: float  # share of responses that end by themselves
+    distinct_2: float  # different pairs of words over all pairs
+    tokens: float
+
+
+def read_text(heldout: Path, model: Path) -> Text:
+    table = pq.read_table(heldout)
+    tokenizer, lexicon = AutoTokenizer.from_pretrained(model), Afinn()
+    ids = table.column("response_ids").to_pylist()
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return Text(
+        fmean(lexicon.score(text) for text in texts),
+        fmean(reason == "stop" for reason in table.column("finish_reason").to_pylist()),
+        len(set(pairs)) / len(pairs),
+        fmean(map(len, ids)),
+    )
+
+
+def sft_samples(directory: Path) -> tuple[Path, Path]:
+    """What a seed's policy said before PPO, and the model with its tokenizer."""
+    return directory / "random" / "stages" / "before" / "heldout.parquet", directory / "model"
+
+
+def table_of_text(rows: dict[str, list[Text]]) -> str:
+    """Means over seeds, as Markdown."""
+    lines = ["| policy | blind lexicon | ended | distinct-2 | tokens |", "|---|---|---|---|---|"]
+    for name, texts in rows.items():
+        means = [fmean(values) for values in zip(*map(dataclasses.astuple, texts), strict=True)]
+        lines.append("| {} | {:+.2f} | {:.2f} | {:.2f} | {:.1f} |".format(name, *means))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best of n by the proxy."""
+
+    n: int
+    kl: float
+    gold: float
+    score: float
+
+
+def best_of_n(heldout: Path) -> list[Best]:
+    table = pq.read_table(heldout)
+    gold, score = (table.column(name).to_numpy().reshape(-1, BEST_OF) for name in ("gold", "score"))
+    sizes = [2**power for power in range(BEST_OF.bit_length())]
+    return [
+        Best(n, gao.kl_of_best_of_n(n), *(gao.best_of_n(score, value, n) for value in (gold, score))) for n in sizes
+    ]
+
+
+def fit_arm(outcomes: list[arms.Outcome]) -> gao.Fit:
+    """Over the iterations of all seeds."""
+    points = [(point.kl, point.gold - one.before) for one in outcomes for point in one.points if point.step]
+    return gao.fit("rl", [max(kl, 0.0) ** 0.5 for kl, _ in points], [gain for _, gain in points])
+
+
+def fit_best(best: list[Best]) -> gao.Fit:
+    return gao.fit("bon", [one.kl**0.5 for one in best], [one.gold - best[0].gold for one in best])
+
+
+def draw(found: dict[str, list[arms.Outcome]], best: list[Best], fits: dict[str, gao.Fit], path: Path) -> None:
+    """Gold (line) and proxy (dashed, gain in its own units) over the square root of the KL; a panel for each reward
+    model."""
+    figure, panels = plt.subplots(1, len(REWARD_MODELS), figsize=(12, 4.6), sharey=True, constrained_layout=True)
+    for panel, name in zip(panels, REWARD_MODELS, strict=True):
+        proxy = panel.twinx()
+        for colour, coef in enumerate(COEFFICIENTS):
+            for index, one in enumerate(found.get(f"PPO, {name} reward model, coefficient {coef:g}", [])):
+                distance = [max(point.kl, 0.0) ** 0.5 for point in one.points]
+                label = f"PPO, coefficient {coef:g}" if not index else None
+                panel.plot(distance, [point.gold for point in one.points], color=f"C{colour}", marker=".", label=label)
+                gain = [point.score - one.points[0].score for point in one.points]
+                proxy.plot(distance, gain, color=f"C{colour}", linestyle=":", alpha=0.6)
+        if name == "large":
+            panel.plot([one.kl**0.5 for one in best], [one.gold for one in best], "k.-", label="best of n")
+            proxy.plot([one.kl**0.5 for one in best], [one.score - best[0].score for one in best], "k:", alpha=0.6)
+        panel.set(title=f"{name} reward model", xlabel="square root of KL (nats)", ylabel="gold score (line)")
+        proxy.set_ylabel("gain of the proxy (dotted)")
+        panel.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
