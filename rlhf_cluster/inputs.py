@@ -102,6 +102,10 @@ def _require_models(cfg: RunConfig, base_path: Path) -> None:
     layers, vocabulary = base.num_hidden_layers, base.vocab_size
     if "rm" in cfg.stages and cfg.rm.layers > layers:
         raise ConfigError(f"rm.layers={cfg.rm.layers}, but {base_path} has {layers} layers; lower it, or 0 for all")
+    if cfg.learner.lora.publish == "adapter" and base.model_type == "gpt2":
+        raise ConfigError(
+            f"learner.lora.publish=adapter, but {base_path} is a GPT-2, to which vLLM cannot add adapters; use merged"
+        )
     if "ppo" not in cfg.stages and cfg.sft.select != "reward":
         return
     given = {}

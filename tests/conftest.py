@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from rlhf_cluster.engine.ranks import Ranks
 
 for folder in ("loop", "contract"):
     sys.path.append(str(Path(__file__).parent / folder))
+
+
+# The same examples on every machine; no test is timed.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:

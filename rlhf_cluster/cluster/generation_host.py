@@ -31,7 +31,7 @@ class GenerationHost(Hosted, GenerationWorker):
 
     async def _fetch(self, store: Any, snapshot: Snapshot, directory: Path) -> Snapshot:
         directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.iterdir():
+        for old in directory.glob("*.safetensors"):
             old.unlink()
         path = directory / f"v{snapshot.version}.safetensors"
         with open(path, "wb") as file:

@@ -81,12 +81,12 @@ class Starter:
         """`resources.workers` workers of one role, each placed for itself, so that any of them may go alone."""
         return [self._spawn(worker, role, index, resources, args) for index in range(resources.workers)]
 
-    def start_generation(self, policy: Path, version: int) -> tuple[list[Host], list[Any]]:
+    def start_generation(self, policy: Path, version: int, adapter_rank: int = 0) -> tuple[list[Host], list[Any]]:
         cfg = self.cfg
         hosts = []
         for index in range(cfg.generation.resources.workers):
             incarnation = f"generation-{index}.{self.attempt.number}"
-            args = (str(policy), cfg.generation, cfg.model.context, cfg.model.dtype, incarnation)
+            args = (str(policy), cfg.generation, cfg.model.context, cfg.model.dtype, incarnation, adapter_rank)
             hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
         return hosts, [self._answer(host, "start", host.actor.start.remote(version)) for host in hosts]
 
@@ -200,8 +200,9 @@ async def open_judges(
 async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> AsyncIterator[OpenRooms]:
     """All rooms of PPO, started side by side."""
     starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
+    adapter_rank = cfg.learner.lora.rank if cfg.learner.lora.publish == "adapter" else 0
     try:
-        generation, starting = starter.start_generation(inputs.policy, 0)
+        generation, starting = starter.start_generation(inputs.policy, 0, adapter_rank)
         reward = starter.start_reward(inputs.policy, inputs.reward_model)
         reference: list[Host] = []
         if cfg.ppo.kl.kind != "none":
@@ -218,6 +219,9 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
             ReferencePool(reference, deadline) if reference else NoReference(),
             group,
         )
+        if adapter_rank:  # running requests follow an adapter that they name, so they name one from the first
+            await group.publish(0)
+            await rooms.generation.receive(0)
         yield OpenRooms(rooms, group, starter.hosts)
     finally:
         await starter.end()

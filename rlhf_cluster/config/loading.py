@@ -13,13 +13,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_cluster.config.tree import ConfigError, RunConfig, leaves
 from rlhf_cluster.config.validation import validate
 
 PACKAGE = Path(__file__).parents[1]
+PACKAGE_HEADER = re.compile(r"^# @package (\S+)")
 
 
 def conf_directory() -> Path:
@@ -29,15 +30,19 @@ def conf_directory() -> Path:
 
 
 def load(overrides: Sequence[str], config_name: str = "pipeline") -> RunConfig:
-    """Composes `conf/<config_name>.yaml` with Hydra overrides, and validates. Raises ConfigError, a single sentence."""
+    """Composes `conf/<config_name>.yaml` with Hydra overrides, and validates. Raises ConfigError, a single sentence.
+
+    Whoever names a choice of a group means it: it wins over the recipe, and single keys win over both.
+    """
     if not (conf_directory() / f"{config_name}.yaml").is_file():
         raise ConfigError(f"there is no stage {config_name!r}; there are {', '.join(_choices('.'))}")
-    _check_keys(overrides)
+    parsed = [*map(_parsed, overrides)]
+    _check_keys(parsed)
     ConfigStore.instance().store(name="schema", node=RunConfig)
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             tree = compose(config_name, overrides=list(overrides))
-        cfg = OmegaConf.to_object(tree)
+        cfg = OmegaConf.to_object(_with_choices_named(tree, parsed))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_sentence(error)) from error
     return validate(cfg)
@@ -90,12 +95,30 @@ def _choices(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
 
 
-def _check_keys(overrides: Sequence[str]) -> None:
+def _groups() -> set[str]:
+    return {path.name for path in conf_directory().iterdir() if path.is_dir()}
+
+
+def _with_choices_named(tree: DictConfig, overrides: Sequence[Override]) -> DictConfig:
+    """Hydra composes the recipe after all groups, so it would win over a choice that was named beside it."""
+    groups = _groups()
+    choices = [one for one in overrides if one.key_or_group in groups - {"recipe"} and isinstance(one.value(), str)]
+    for choice in choices:
+        path = conf_directory() / choice.key_or_group / f"{choice.value()}.yaml"
+        package = PACKAGE_HEADER.search(path.read_text())
+        OmegaConf.update(tree, package[1] if package else choice.key_or_group, OmegaConf.load(path), merge=True)
+    for override in overrides:
+        if override not in choices and override.key_or_group not in groups:
+            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
+    return tree
+
+
+def _check_keys(overrides: Sequence[Override]) -> None:
     """Unknown keys and choices get a better sentence than Hydra's: the nearest known ones."""
-    groups = {path.name for path in conf_directory().iterdir() if path.is_dir()}
+    groups = _groups()
     keys = dict(leaves(RunConfig()))
     sections = {".".join(parts[:depth]) for parts in (key.split(".") for key in keys) for depth in range(1, len(parts))}
-    for override in map(_parsed, overrides):
+    for override in overrides:
         key, value = override.key_or_group, override.value()
         if key in groups:
             if not isinstance(value, dict) and value not in _choices(key):

@@ -322,6 +322,7 @@ class LoRAConfig:
 
     rank: int = 0  # 0: none, all weights learn
     alpha: float = 16.0  # what they add is scaled by alpha / rank
+    publish: str = "merged"  # to generation: merged into full weights; adapter: alone, and vLLM adds them as it samples
 
 
 @dataclass

@@ -162,6 +162,15 @@ def _validate_numbers(cfg: RunConfig) -> None:
         _require(0 <= share < 1, f"sft.{name}={share}: it must be from 0 up to but not 1")
     alpha = cfg.learner.lora.alpha
     _require(alpha > 0, f"learner.lora.alpha={alpha}: it must be above 0")
+    _one_of("learner.lora.publish", cfg.learner.lora.publish, ("merged", "adapter"))
+    _require(
+        cfg.learner.lora.publish == "merged" or cfg.learner.lora.rank > 0,
+        "learner.lora.publish=adapter, but learner.lora.rank=0 means that there are no adapters; set a rank",
+    )
+    _require(
+        cfg.learner.lora.publish == "merged" or cfg.learner.lora.rank <= 512,
+        f"learner.lora.rank={cfg.learner.lora.rank}: vLLM adds adapters up to rank 512; publish=merged takes any",
+    )
     _require(cfg.dpo.beta > 0, f"dpo.beta={cfg.dpo.beta}: it must be above 0")
     smoothing = cfg.dpo.label_smoothing
     _require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing}: it must be from 0 up to but not 0.5")

@@ -161,6 +161,10 @@ class TrainEngine:
         """All of `full_parameters` in host memory on rank 0, nothing on the others. A collective at stage 3."""
         return self._on_rank_0(self.full_parameters())
 
+    def learning_on_rank_0(self) -> dict[str, torch.Tensor]:
+        """As `weights_on_rank_0`, of the parameters that learn alone."""
+        return self._on_rank_0((name, self._full(parameter)) for name, parameter in self._learning())
+
     def masters_on_rank_0(self) -> dict[str, torch.Tensor]:
         """The fp32 masters in host memory on rank 0, nothing on the others. A collective."""
         return self._on_rank_0(self.full_masters())

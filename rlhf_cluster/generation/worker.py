@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rlhf_cluster.config import GenerationConfig
 from rlhf_cluster.models.load import resolve_dtype
 from rlhf_cluster.records import Members, Rollouts
+from rlhf_cluster.weights.adapter import unpack
 from rlhf_cluster.weights.plugin import BACKEND
 from rlhf_cluster.weights.snapshot import Snapshot, check
 
@@ -17,20 +18,30 @@ from rlhf_cluster.weights.snapshot import Snapshot, check
 # class, need not wait for.
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
+ADAPTER = "policy"  # the name of the only one
+
 
 class GenerationWorker:
-    """Samples one response per member. `incarnation` names this life of the worker and stands on every rollout."""
+    """Samples one response per member. `incarnation` names this life of the worker and stands on every rollout.
 
-    def __init__(self, model_path: str, cfg: GenerationConfig, context: int, dtype: str, incarnation: str) -> None:
+    `adapter_rank`: what is published are adapters of this rank, to be added to the model's weights; 0: full weights.
+    """
+
+    def __init__(
+        self, model_path: str, cfg: GenerationConfig, context: int, dtype: str, incarnation: str, adapter_rank: int = 0
+    ) -> None:
         self._model_path, self._cfg, self._context, self._dtype = model_path, cfg, context, dtype
-        self._incarnation = incarnation
+        self._incarnation, self._adapter_rank = incarnation, adapter_rank
         self._engine: AsyncLLM | None = None
+        self._adapter: LoRARequest | None = None
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.config import WeightTransferConfig
+        from vllm.config.lora import MaxLoRARanks
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
 
@@ -49,6 +60,9 @@ class GenerationWorker:
             generation_config="vllm",  # no sampling defaults from the model's directory
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            enable_lora=self._adapter_rank > 0,
+            max_loras=1,
+            max_lora_rank=next(rank for rank in get_args(MaxLoRARanks) if rank >= self._adapter_rank),
         )
 
     @property
@@ -93,7 +107,7 @@ class GenerationWorker:
             detokenize=False,
         )
         output: RequestOutput | None = None
-        async for latest in self.engine.generate(prompt, sampling, sample_id):
+        async for latest in self.engine.generate(prompt, sampling, sample_id, lora_request=self._adapter):
             output = latest
         if output is None or not output.finished:
             raise RuntimeError(f"vLLM gave no finished response for sample {sample_id}")
@@ -129,16 +143,30 @@ class GenerationWorker:
         Caches are cleared, so what was computed with the old weights is computed again. Asking again for the version
         that serves already changes nothing.
         """
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        if await self.engine.get_weight_version() == str(snapshot.version):
+        serves = await self.engine.get_weight_version() == str(snapshot.version)
+        if serves and (self._adapter is not None or not self._adapter_rank):
             return
         await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
         await self.engine.pause_generation(mode="keep", clear_cache=True)
+        await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
+        await self.engine.resume_generation()
+
+    async def _load_weights(self, snapshot: Snapshot) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
         await self.engine.start_weight_update()
         await self.engine.update_weights(WeightTransferUpdateRequest(update_info=dataclasses.asdict(snapshot)))
         await self.engine.finish_weight_update(weight_version=str(snapshot.version))
-        await self.engine.resume_generation()
+
+    async def _load_adapter(self, snapshot: Snapshot) -> None:
+        """In the place of the one before, so that running requests, which name it, go on with it."""
+        from vllm.lora.request import LoRARequest
+
+        path = str(unpack(snapshot, self._incarnation))
+        if not await self.engine.add_lora(LoRARequest(ADAPTER, 1, path, load_inplace=True)):
+            raise RuntimeError(f"vLLM did not take the adapter of version {snapshot.version}")
+        await self.engine.update_weight_version(str(snapshot.version))
+        self._adapter = LoRARequest(ADAPTER, 1, path)
 
     async def version(self) -> int:
         return int(await self.engine.get_weight_version())

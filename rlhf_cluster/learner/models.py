@@ -22,6 +22,7 @@ from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import compute_device, load_policy, resolve_attention, resolve_dtype
 from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.models.score_head import ScalarHeadModel
+from rlhf_cluster.weights.adapter import HEADER
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,14 @@ class Evaluation:
     logprobs: list[np.ndarray]
     entropies: list[np.ndarray]
     values: list[np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """The tensors and the header of a snapshot."""
+
+    tensors: dict[str, torch.Tensor]
+    header: dict[str, str]
 
 
 class ActorCritic:
@@ -79,6 +88,16 @@ class ActorCritic:
         if step.taken and self.average is not None:
             self.average.update()
         return step
+
+    def published(self, averaged: bool) -> Published:
+        """What generation is to load of the policy or of its average, on rank 0; nothing on the others. A
+        collective."""
+        if self._adapters.cfg.publish == "merged":
+            return Published(self.average_weights() if averaged else self.policy_weights(), {})
+        of_average = self.average if averaged else None
+        learnt = self.policy.learning_on_rank_0() if of_average is None else of_average.weights_on_rank_0()
+        alone = self._adapters.alone(PolicyModule.hf_names(learnt))
+        return Published(alone, {HEADER: self._adapters.description()})
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
         """By Hugging Face names, adapters merged, on rank 0; nothing on the others. A collective."""

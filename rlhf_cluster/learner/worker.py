@@ -155,16 +155,14 @@ class LearnerWorker:
     def publish(self, version: int, directory: str) -> Snapshot | None:
         """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. The version
         after the policy's is its average. A collective."""
-        if self._models.average is not None and version == self._version + 1:
-            return self._snapshot(version, directory, self._models.average_weights())
-        if version != self._version:
+        averaged = self._models.average is not None and version == self._version + 1
+        if version != self._version and not averaged:
             raise LearnerError(f"the policy is version {self._version}, it cannot be published as {version}")
-        return self._snapshot(version, directory, self._models.policy_weights())
-
-    def _snapshot(self, version: int, directory: str, weights: dict[str, torch.Tensor]) -> Snapshot | None:
-        dtype = self._models.policy.dtype
-        named = {name: tensor.to(dtype) for name, tensor in weights.items()}
-        return write_snapshot(Path(directory), version, named) if self._ranks.rank == 0 else None
+        published, dtype = self._models.published(averaged), self._models.policy.dtype
+        if self._ranks.rank:
+            return None
+        tensors = {name: tensor.to(dtype) for name, tensor in published.tensors.items()}
+        return write_snapshot(Path(directory), version, tensors, published.header)
 
     def save(self, directory: str) -> list[str]:
         """`policy/` and, where there are, `ema/` and `critic/` as plain Hugging Face directories in the training dtype,

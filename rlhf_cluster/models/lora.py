@@ -2,12 +2,13 @@
 
     W' = W + alpha / rank * B A        B = 0 at the start, so that nothing changes before something is learnt
 
-Takes a model and leaves it adapted in place; gives its weights merged, by their Hugging Face names, and the adapter as
-a directory that `peft` opens.
+Takes a model and leaves it adapted in place; gives its weights merged, by their Hugging Face names, and the adapters
+alone, as `peft` and vLLM read them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,10 +33,10 @@ class Adapters:
         self.cfg = cfg
         # GPT-2 keeps its linear layers the other way round.
         self._transposed = any(isinstance(module, Conv1D) for module in model.modules())
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+        self._layers = sorted(name for name in linear if linear[name] is not model.get_output_embeddings())
         if cfg.rank:
-            head = model.get_output_embeddings()
-            linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-            inject_adapter_in_model(self._peft([name for name in linear if linear[name] is not head]), model)
+            inject_adapter_in_model(self._peft(self._layers), model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.endswith((A, B)))
 
@@ -52,19 +53,27 @@ class Adapters:
             found[name.replace(BASE, ".")] = tensor
         return found
 
-    def save(self, weights: Mapping[str, Tensor], directory: Path) -> None:
-        """The adapters among `weights`, float32, as `peft.PeftModel.from_pretrained(base, directory)` reads them."""
-        layers = sorted({name.removesuffix(A) for name in weights if name.endswith(A)})
-        named = {
-            f"base_model.model.{name.replace('.default.', '.')}": tensor.detach().to("cpu", torch.float32, copy=True)
+    def alone(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapters among `weights`, by the names that `peft` gives them in a file."""
+        return {
+            f"base_model.model.{name.replace('.default.', '.')}": tensor
             for name, tensor in weights.items()
             if name.endswith((A, B))
         }
+
+    def description(self) -> str:
+        """What `peft` keeps beside the adapters: JSON, the text of `adapter_config.json`."""
+        config = self._peft(self._layers).to_dict() | {"inference_mode": True, "target_modules": self._layers}
+        return json.dumps(config, indent=2, sort_keys=True)
+
+    def save(self, weights: Mapping[str, Tensor], directory: Path) -> None:
+        """The adapters among `weights`, float32, as `peft.PeftModel.from_pretrained(base, directory)` reads them."""
+        named = {
+            name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in self.alone(weights).items()
+        }
         directory.mkdir(parents=True, exist_ok=True)
         save_file(named, directory / "adapter_model.safetensors")
-        config = self._peft(layers)
-        config.inference_mode = True
-        config.save_pretrained(str(directory))
+        (directory / "adapter_config.json").write_text(self.description())
 
     def _peft(self, layers: list[str]) -> LoraConfig:
         return LoraConfig(

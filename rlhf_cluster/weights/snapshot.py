@@ -42,12 +42,14 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_snapshot(directory: Path, version: int, tensors: Mapping[str, torch.Tensor]) -> Snapshot:
-    """Writes one safetensors file under its final name only when it is whole."""
+def write_snapshot(
+    directory: Path, version: int, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None
+) -> Snapshot:
+    """Writes one safetensors file under its final name only when it is whole. `header` stands at its beginning."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"v{version}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, dict(header or {}))
     snapshot = Snapshot(version, str(path), partial.stat().st_size, digest_of(partial))
     os.replace(partial, path)
     return snapshot

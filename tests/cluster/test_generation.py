@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,17 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
-from rlhf_cluster.config import GenerationConfig
+from rlhf_cluster.config import GenerationConfig, LoRAConfig
 from rlhf_cluster.models.batching import in_order, micro_batches, singles
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import load_policy
+from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.records import Members, Rollouts
+from rlhf_cluster.weights.adapter import HEADER
 from rlhf_cluster.weights.snapshot import Snapshot, SnapshotError, write_snapshot
 
-EOS, TOLERANCE, DEADLINE_S = 258, 1e-5, 60
+EOS, DEADLINE_S = 258, 60
+LORA = LoRAConfig(rank=4, alpha=8.0, publish="adapter")
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
@@ -40,12 +43,22 @@ ENVIRONMENT = {
 CONFIG = GenerationConfig(max_response_tokens=48, temperature=0.7, max_num_seqs=16, kv_cache_memory=1 << 26, flush_ms=5)
 
 
+@dataclass(frozen=True)
+class Version:
+    """A policy as the learner computes with it, and what a snapshot of it holds."""
+
+    policy: PolicyModule
+    tensors: dict[str, torch.Tensor]
+    header: dict[str, str]
+
+
 @dataclass
 class Bench:
-    """The worker under test as a `rooms.Generation`, and the policies whose snapshots it may receive, by version."""
+    """The worker under test as a `rooms.Generation`, and the versions that it may receive."""
 
     worker: Any
-    policies: dict[int, PolicyModule]
+    versions: dict[int, Version]
+    tolerance: float  # of a logprob
     store: Path
 
     def sample(self, members: Members) -> AsyncIterator[Rollouts]:
@@ -55,8 +68,8 @@ class Bench:
         await self.worker.receive(self.snapshot(version))
 
     def snapshot(self, version: int) -> Snapshot:
-        named = self.policies[version].model.named_parameters()
-        return write_snapshot(self.store, version, {name: tensor.detach() for name, tensor in named})
+        published = self.versions[version]
+        return write_snapshot(self.store, version, published.tensors, published.header)
 
     async def sampled(self, members: Members) -> Rollouts:
         return await laws.collected(self, members)
@@ -72,21 +85,36 @@ class Bench:
     def logprobs(self, version: int, rollouts: Rollouts, temperature: float = CONFIG.temperature) -> list[np.ndarray]:
         """What the learner's forward says of the sampled tokens."""
         batches = micro_batches(rollouts.prompt_ids, rollouts.response_ids, singles(len(rollouts)), 1 << 20)
-        parts = [batch.split(self.policies[version](*batch.policy_arguments(), temperature)[0]) for batch in batches]
+        policy = self.versions[version].policy
+        parts = [batch.split(policy(*batch.policy_arguments(), temperature)[0]) for batch in batches]
         return in_order(batches, parts, len(rollouts))
 
 
-def policies(tiny: Path) -> dict[int, PolicyModule]:
+def with_noise(parameters: Iterable[torch.nn.Parameter], version: int) -> None:
+    generator = torch.Generator().manual_seed(version)
+    with torch.no_grad():
+        for parameter in parameters if version else ():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def full(tiny: Path, version: int) -> Version:
     """Version 0 is the tiny model; each later one has noise on every parameter, the tied embedding included."""
-    found = {}
-    for version in range(4):
-        model = load_policy(tiny, torch.float32, "eager")
-        generator = torch.Generator().manual_seed(version)
-        with torch.no_grad():
-            for parameter in model.parameters() if version else ():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-        found[version] = PolicyModule(model, logprobs_from_logits)
-    return found
+    model = load_policy(tiny, torch.float32, "eager")
+    with_noise(model.parameters(), version)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return Version(PolicyModule(model, logprobs_from_logits), weights, {})
+
+
+def adapted(tiny: Path, version: int) -> Version:
+    """Version 0 adds nothing; each later one has noise on both matrices of every adapter. The learner's side is the
+    plain model with the adapters merged into it."""
+    model, plain = (load_policy(tiny, torch.float32, "eager") for _ in range(2))
+    adapters = Adapters(model, LORA)
+    with_noise([parameter for parameter in model.parameters() if parameter.requires_grad], version)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert not plain.load_state_dict(adapters.merged(weights), strict=False).unexpected_keys
+    header = {HEADER: adapters.description()}
+    return Version(PolicyModule(plain, logprobs_from_logits), adapters.alone(weights), header)
 
 
 def largest(some: list[np.ndarray], others: list[np.ndarray]) -> float:
@@ -104,7 +132,7 @@ async def gives_a_seed_its_response_in_any_company(bench: Bench) -> None:
 async def logprobs_are_the_learners(bench: Bench) -> None:
     """At the sampling temperature, for every token."""
     found = await bench.sampled(laws.members(8))
-    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < TOLERANCE
+    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < bench.tolerance
     assert {int(v) for row in found.weight_versions for v in row} == {0}
     assert set(found.incarnation) == {"generation-0-1"} and set(found.temperature.tolist()) == {np.float32(0.7)}
     assert largest(found.rollout_logprobs, bench.logprobs(0, found, 1.0)) > 0.01
@@ -124,7 +152,7 @@ async def prompts_that_do_not_fit_one_step_are_all_answered(bench: Bench) -> Non
     place = members.table.column_names.index("prompt_ids")
     found = await bench.sampled(Members(members.table.set_column(place, "prompt_ids", long)))
     assert sorted(found.sample_id) == sorted(members.sample_id)
-    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < TOLERANCE
+    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < bench.tolerance
 
 
 async def ignoring_eos_gives_the_exact_length(bench: Bench) -> None:
@@ -137,7 +165,7 @@ async def received_weights_are_sampled_from(bench: Bench) -> None:
     """Embedding, head and layers alike: a tied LM head that stayed behind would show here."""
     await bench.receive(1)
     found = await bench.sampled(laws.members(8))
-    assert largest(found.rollout_logprobs, bench.logprobs(1, found)) < TOLERANCE
+    assert largest(found.rollout_logprobs, bench.logprobs(1, found)) < bench.tolerance
     assert largest(found.rollout_logprobs, bench.logprobs(0, found)) > 0.1
     assert {int(v) for row in found.weight_versions for v in row} == {1}
     await bench.receive(1)  # once more changes nothing
@@ -157,7 +185,7 @@ async def weights_change_under_running_requests(bench: Bench) -> None:
     assert {int(v) for row in versions for v in row} == {1, 2}, "the update did not meet running requests"
     by_version = {version: bench.logprobs(version, found) for version in (1, 2)}
     expected = [np.where(row == 1, *(by_version[v][i] for v in (1, 2))) for i, row in enumerate(versions)]
-    assert largest(found.rollout_logprobs, expected) < TOLERANCE
+    assert largest(found.rollout_logprobs, expected) < bench.tolerance
     assert [len(ids) for ids in found.response_ids] == [200] * 8
 
 
@@ -171,7 +199,7 @@ async def a_damaged_snapshot_is_refused_and_the_old_weights_serve(bench: Bench) 
         await asyncio.wait_for(bench.worker.receive(bad), DEADLINE_S)
     assert await bench.worker.version() == 0
     found = await asyncio.wait_for(bench.sampled(laws.members(8)), DEADLINE_S)
-    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < TOLERANCE
+    assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < bench.tolerance
 
 
 CHECKS = (
@@ -188,12 +216,15 @@ CHECKS = (
 )
 
 
-async def run_checks(tiny: Path, directory: Path) -> dict[str, str]:
+async def run_checks(tiny: Path, directory: Path, kind: str) -> dict[str, str]:
     from rlhf_cluster.generation.worker import GenerationWorker
 
-    worker = GenerationWorker(str(tiny), CONFIG, context=320, dtype="float32", incarnation="generation-0-1")
+    rank, publish, tolerance = {"weights": (0, full, 1e-5), "adapters": (LORA.rank, adapted, 1e-4)}[kind]
+    versions = {version: publish(tiny, version) for version in range(4)}
+    worker = GenerationWorker(str(tiny), CONFIG, 320, "float32", "generation-0-1", rank)
     assert await worker.start(0) == "generation-0-1"
-    bench, found = Bench(worker, policies(tiny), directory / "store"), {}
+    bench, found = Bench(worker, versions, tolerance, directory / "store"), {}
+    await bench.receive(0)  # of full weights it is what serves already
     for check in CHECKS:
         began = time.perf_counter()
         try:
@@ -206,19 +237,19 @@ async def run_checks(tiny: Path, directory: Path) -> dict[str, str]:
     return found
 
 
-def in_child(_: int, tiny: str, directory: str) -> None:
-    found = asyncio.run(run_checks(Path(tiny), Path(directory)))
+def in_child(_: int, tiny: str, directory: str, kind: str) -> None:
+    found = asyncio.run(run_checks(Path(tiny), Path(directory), kind))
     Path(directory, "found.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(scope="module", params=["weights", "adapters"])
+def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
     """By check, the traceback of its failure, or nothing."""
     directory = tmp_path_factory.mktemp("generation")
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in ENVIRONMENT.items():
             patch.setenv(variable, value)
-        multiprocessing.spawn(in_child, (str(tiny), str(directory)), nprocs=1)
+        multiprocessing.spawn(in_child, (str(tiny), str(directory), request.param), nprocs=1)
     return json.loads((directory / "found.json").read_text())
 
 

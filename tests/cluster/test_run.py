@@ -227,13 +227,14 @@ def test_no_critic_no_reward_model_and_a_reward_that_fails(user: User, tmp_path:
     """What the smoke run leaves out: an epoch of SFT chosen by score, DPO and GRPO on two ranks each, adapters, an
     average as the result, and a function that fails a response of every prompt of the second iteration."""
     (tmp_path / "mine.py").write_text(FAILING)
-    two = ("dpo.resources.workers=2", "dpo.engine.zero_stage=2", "learner.resources.workers=2", "learner.lora.rank=4")
+    two = ("dpo.resources.workers=2", "dpo.engine.zero_stage=2", "learner.resources.workers=2")
+    adapters = ("learner.lora.rank=4", "learner.lora.publish=adapter")
     asked = (
         *("stages=[sft,dpo,ppo]", "sft.epochs=2", "sft.select=reward", "dpo.batch_size=4"),
         *("advantage=grpo", "ppo.samples_per_prompt=4", "kl=loss", "ppo.ema_decay=0.5", "ppo.result=ema"),
         f"reward.parts=[{{kind: function, path: {tmp_path / 'mine.py'}:score}}, {{kind: length, weight: -0.01}}]",
     )
-    ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", *asked, *two)
+    ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", *asked, *two, *adapters)
     assert (ended.code, ended.err) == (0, "")
     assert re.search(r"sft: the policy of epoch [12] goes on; mean scores by epoch: 1: [+-][\d.]+, 2: [+-]", ended.out)
     assert "iteration 2: samples failed and were not trained on: 2 x function: it raised ValueError: not this one" in (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from rlhf_cluster import config
 from rlhf_cluster.algo.guardrails import ACTIONS
@@ -16,6 +19,7 @@ from rlhf_cluster.config.tree import RAIL_ACTIONS, optimizers
 PRIMARIES = ("pipeline", "sft", "rm", "dpo", "ppo")
 FILES = ["data.prompts=x", "data.demonstrations=x", "data.comparisons=x"]
 ANY_PATHS = [*FILES, "data.path=x", "model.path=x", "policy_path=x", "reward.path=x"]
+PATHS = [*ANY_PATHS, "data.pretraining=x"]
 GROUPS = {
     path.name: sorted(p.stem for p in path.glob("*.yaml")) for path in conf_directory().iterdir() if path.is_dir()
 }
@@ -49,7 +53,7 @@ def test_every_choice_of_every_group_composes(number: int) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_and_goes_to_a_file_and_back(recipe: str, tmp_path: Path) -> None:
-    given = load([f"recipe={recipe}", *ANY_PATHS, "data.pretraining=x"])
+    given = load([f"recipe={recipe}", *PATHS])
     assert given.name == recipe
     (tmp_path / "resolved.yaml").write_text(to_yaml(given))
     assert load_file(tmp_path / "resolved.yaml") == given
@@ -60,10 +64,39 @@ def test_every_primary_is_tried() -> None:
     assert len(rounds()) >= len(PRIMARIES)
 
 
-def test_overrides_win_over_recipes_and_recipes_over_defaults() -> None:
-    given = load(["recipe=smoke", "ppo.steps=7", "kl=none"])
-    assert (given.ppo.steps, given.ppo.batch_size, given.ppo.kl.kind, given.ppo.kl.coef) == (7, 8, "none", 0.0)
-    assert type(given.ppo) is config.PPOConfig  # plain dataclasses, no DictConfig
+def test_overrides_win_over_choices_and_choices_over_recipes_and_recipes_over_defaults() -> None:
+    """The recipe has a coefficient and a clip range of its own."""
+    quick = load(["recipe=quickstart"]).ppo
+    assert (quick.kl.kind, quick.kl.coef, quick.clip, quick.batch_size) == ("fixed", 0.02, 0.2, 64)
+    given = load(["recipe=quickstart", "ppo.steps=9", "kl=loss", "advantage=gspo", "ppo.clip=0.1"]).ppo
+    assert (given.kl.coef, given.kl.loss_coef, given.clip, given.clip_high) == (0.0, 0.04, 0.1, 4e-4)
+    assert (given.steps, given.batch_size, given.samples_per_prompt) == (9, 64, 8)
+    assert type(given) is config.PPOConfig  # plain dataclasses, no DictConfig
+    assert load(["recipe=quickstart", "kl=none"]).ppo.kl.coef == 0.0
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "instructgpt_1b", "summarize_from_feedback"])
+def test_a_choice_beside_a_recipe_is_that_choice(recipe: str) -> None:
+    """What its file says stands in the config, whatever these recipes have there."""
+    sections = {"kl": ["ppo", "kl"], "advantage": ["ppo"], "reward": ["reward"]}
+    fits = ["ppo.batch_size=64", "ppo.minibatch_size=8"]
+    for row in zip_longest(*(GROUPS[group] for group in sections)):
+        chosen = {group: choice for group, choice in zip(sections, row, strict=True) if choice and choice != "gae"}
+        asked = [f"{group}={choice}" for group, choice in chosen.items()]
+        tree = yaml.safe_load(to_yaml(load([f"recipe={recipe}", *asked, *PATHS, *fits])))
+        for group, choice in chosen.items():
+            given = functools.reduce(dict.__getitem__, sections[group], tree)
+            said = yaml.safe_load((conf_directory() / group / f"{choice}.yaml").read_text())
+            assert covers(given, said), choice
+
+
+def covers(found: Any, said: Any) -> bool:
+    """Whether everything that `said` says stands in `found`."""
+    if isinstance(said, dict):
+        return all(covers(found[key], value) for key, value in said.items())
+    if isinstance(said, list):
+        return all(covers(mine, theirs) for mine, theirs in zip(found, said, strict=True))
+    return bool(found == said)
 
 
 def test_the_papers_numbers_are_the_defaults(cfg: RunConfig) -> None:

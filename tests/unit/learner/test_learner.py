@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs
+from rlhf_cluster.weights.adapter import unpack
 
 EOS, COUNT = 258, 8
 LONGEST = 13  # response tokens
@@ -529,6 +532,21 @@ def test_adapters_learn_and_the_rest_does_not(
     torch.testing.assert_close(adapted(ids).logits, saved(ids).logits, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(saved(ids).logits, load_policy(tiny, None, "eager")(ids).logits, atol=1e-3)
     ScalarHeadModel.from_directory(tmp_path / "saved" / "critic", None, "eager")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_adapters_are_published_alone_as_they_are_saved(start: Start, tmp_path: Path, stage: int) -> None:
+    worker = start(lora=replace(LORA, publish="adapter"), stage=stage, ema_decay=0.5)
+    updated(worker)
+    worker.save(str(tmp_path))
+    policy, average = (worker.publish(version, str(tmp_path / "store")) for version in (1, 2))
+    assert policy is not None and average is not None
+    published, saved = load_file(policy.path), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert published.keys() == saved.keys() and all(torch.equal(published[name], saved[name]) for name in saved)
+    of_average = load_file(average.path)
+    assert of_average.keys() == saved.keys()
+    assert any(not torch.equal(of_average[name], saved[name]) for name in saved)
+    assert json.loads((unpack(policy, "one") / "adapter_config.json").read_text())["r"] == LORA.rank
 
 
 def test_adapters_go_on_bit_by_bit_with_their_average(start: Start, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_cluster.learner.plan import BatchPlan, plan_batch
 
@@ -69,3 +71,21 @@ def test_members_take_the_places_of_others_in_order_and_the_rest_falls_out() -> 
     untouched = [i for i in IDS if i not in (first, second, third)]
     assert all(found.owners[i] == plan.owners[i] for i in untouched)
     assert found.replaced([first, third, second], ["new-1", "new-2"]) == found  # repeated
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 5), st.integers(0, 99), st.data())
+def test_replacing_any_members_moves_no_other(
+    count: int, minibatch_size: int, world: int, seed: int, data: st.DataObject
+) -> None:
+    ids = [f"0/p{i}" for i in range(count)]
+    plan = plan_batch(ids, minibatch_size, world, seed)
+    gone = data.draw(st.lists(st.sampled_from([*ids, "0/never"]), unique=True))
+    come = [f"0+1/q{i}" for i in range(data.draw(st.integers(0, len(gone))))]
+    found = plan.replaced(gone, come)
+    stayed = [sample_id for sample_id in ids if sample_id not in gone]
+    arrived = come[: count - len(stayed)]
+    assert sorted(flat(found)) == sorted(found.owners) == sorted([*stayed, *arrived])
+    assert all(found.owners[sample_id] == plan.owners[sample_id] for sample_id in stayed)
+    for before, after in zip(plan.minibatches, found.minibatches, strict=True):
+        assert [i for i in after if i in stayed] == [i for i in before if i in stayed]
+        assert len(after) <= len(before)

@@ -5,10 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_cluster.models import ModelError
 from rlhf_cluster.models.batching import (
     dummy_batch,
+    filled_up,
     from_response_frame,
     in_order,
     micro_batches,
@@ -136,3 +139,34 @@ def test_batch_frame_passes_gradients() -> None:
     (frame * torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).sum().backward()
     assert flat.grad is not None
     assert flat.grad.tolist() == [1, 2, 3, 4]
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12)
+
+
+@given(LENGTHS, st.integers(4, 60), st.booleans(), st.integers(0, 3))
+def test_whatever_the_lengths_every_token_is_read_once_at_its_own_place(
+    lengths: list[tuple[int, int]], limit: int, packed: bool, dummies: int
+) -> None:
+    """Ids that tell where they stand: prompts count down from -1, responses up from 1 over all sequences."""
+    total = [sum(pair) for pair in lengths]
+    ids = iter(range(1, 1000))
+    responses = [np.array(list(itertools.islice(ids, response))) for _, response in lengths]
+    prompts = [-np.arange(1, prompt + 1) for prompt, _ in lengths]
+    rows = pack(total, max(*total, 20)) if packed else singles(len(lengths))
+    batches = micro_batches(prompts, responses, rows, limit)
+    assert sorted(s for batch in batches for s in batch.sequences.tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert batch.padded_tokens <= limit or len(batch.input_ids) == 1
+        flat, positions = batch.input_ids.reshape(-1), batch.position_ids.reshape(-1)
+        assert flat[batch.last_positions()].tolist() == [int(responses[s][-1]) for s in batch.sequences]
+        before = flat[batch.response_positions()].split(batch.response_lengths.tolist())
+        for s, start, seen in zip(batch.sequences, batch.starts, before, strict=True):
+            own = np.concatenate([prompts[s], responses[s]])
+            assert flat[start : start + len(own)].tolist() == own.tolist()
+            assert positions[start : start + len(own)].tolist() == list(range(len(own)))
+            assert seen.tolist() == own[len(prompts[s]) - 1 : -1].tolist()  # what predicts each response token
+    everyone = filled_up(batches, len(batches) + dummies)
+    parts = [batch.split(batch.response_targets()) for batch in everyone]
+    found = in_order(everyone, parts, len(lengths))
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(found, responses, strict=True))

@@ -1,0 +1,105 @@
+"""What does alignment cost elsewhere? Perplexity on text that the run is not about, of the pretrained model, after SFT,
+after PPO and after PPO with the pretraining mix (PPO-ptx): the quickstart's recipe, and the order of InstructGPT's
+figures 33 and 34 to be met or missed.
+
+    python benchmarks/learning/alignment_tax.py --text FILE [--seeds 0 1 2] [--coef 1.0] [--out DIR]
+
+FILE is plain text; the last fifth of its paragraphs is held out, the mix is of the others. Every run is
+`rlhf-cluster run`, as a person types it; what is finished is not run again. Leaves `alignment_tax.json` beside this
+file, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import arms
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_cluster.config import ModelConfig
+from rlhf_cluster.models.build import prepare_model
+from rlhf_cluster.results import result_policy
+
+HERE = Path(__file__).parent
+WINDOW, TOKENS = 128, 16384  # of the held-out text
+PTX = arms.options(ppo__ptx__ratio=1, ppo__ptx__tokens=64)  # the paper has 8 examples an episode; on two cores one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Perplexity before and after.")
+    parser.add_argument("--text", type=Path, required=True, help="a plain text file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--coef", type=float, default=1.0, help="of the pretraining mix")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning/alignment_tax"))
+    args = parser.parse_args()
+    train, heldout = split(args.text, args.out)
+    found: dict[str, list[float]] = {}
+    outcomes: dict[str, list[arms.Outcome]] = {}
+    for seed in args.seeds:
+        runs = one_seed(args.out / f"seed-{seed}", seed, train, args.coef)
+        for arm, run in runs.items():
+            outcomes.setdefault(arm, []).append(arms.outcome(run))
+        for stage, policy in policies(runs).items():
+            found.setdefault(stage, []).append(perplexity(policy, heldout))
+            print(f"seed {seed}, {stage}: perplexity {found[stage][-1]:.3f}", flush=True)
+    print(arms.table(outcomes))
+    print("| policy | perplexity | by seed |\n|---|---|---|")
+    for stage, values in found.items():
+        mean, error = arms.mean_and_error(values)
+        print(f"| {stage} | {mean:.3f} ± {error:.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
+    everything = {"seeds": args.seeds, "coef": args.coef, "window": WINDOW, "tokens": TOKENS, "perplexity": found}
+    (HERE / "alignment_tax.json").write_text(json.dumps(everything, indent=1) + "\n")
+
+
+def split(text: Path, directory: Path) -> tuple[Path, str]:
+    """The file to mix in, and the text that is held out."""
+    paragraphs = [line for line in text.read_text("utf-8").splitlines() if line.strip()]
+    cut = len(paragraphs) * 4 // 5
+    directory.mkdir(parents=True, exist_ok=True)
+    train = directory / "train.txt"
+    train.write_text("\n".join(paragraphs[:cut]) + "\n", "utf-8")
+    return train, "\n".join(paragraphs[cut:])
+
+
+def one_seed(directory: Path, seed: int, train: Path, coef: float) -> dict[str, Path]:
+    """PPO, and PPO-ptx from the same SFT policy against the same reward model."""
+    whole = arms.run(directory / "ppo", ["recipe=quickstart", f"seed={seed}"])
+    stages = whole / "stages"
+    mixed = [
+        "recipe=quickstart",
+        f"seed={seed}",
+        "stages=[ppo]",
+        f"policy_path={stages / 'sft' / 'policy'}",
+        f"reward.path={stages / 'rm' / 'reward_model'}",
+        f"data.pretraining={train}",
+        f"ppo.ptx.coef={coef}",
+        *PTX,
+    ]
+    return {"PPO": whole, "PPO-ptx": arms.run(directory / f"ptx-{coef:g}", mixed)}
+
+
+def policies(runs: dict[str, Path]) -> dict[str, Path]:
+    """Where each policy lies, in the order of the table."""
+    return {
+        "pretrained": prepare_model(ModelConfig("smollm2_135m")),
+        "SFT": runs["PPO"] / "stages" / "sft" / "policy",
+        **{arm: result_policy(run) for arm, run in runs.items()},
+    }
+
+
+@torch.no_grad()
+def perplexity(policy: Path, text: str) -> float:
+    """exp of the mean negative log-likelihood, nats per token, over windows of `WINDOW` tokens without overlap."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+    ids = torch.tensor(tokenizer(text)["input_ids"][:TOKENS]).view(-1, WINDOW)
+    losses = [float(model(input_ids=window, labels=window).loss) for window in ids.split(8)]
+    return math.exp(sum(losses) / len(losses))
+
+
+if __name__ == "__main__":
+    main()
