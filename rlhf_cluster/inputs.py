@@ -161,19 +161,14 @@ def _require_answers(who: str, column: str, inputs: Inputs) -> None:
 
 def _require_data(cfg: RunConfig, inputs: Inputs) -> None:
     """Each stage that runs has what it learns from."""
-    ranked = cfg.rm.ranking.labeler != ""
-    needs = {
-        "sft": (len(inputs.demonstrations), "demonstrations (data.demonstrations)"),
-        "rm": (
-            len(inputs.prompts if ranked else inputs.comparisons),
-            "prompts (data.prompts)" if ranked else "comparisons (data.comparisons)",
-        ),
-        "ppo": (len(inputs.prompts), "prompts (data.prompts)"),
-        "dpo": (
-            len(inputs.prompts if ranked else inputs.comparisons),
-            "prompts (data.prompts)" if ranked else "comparisons (data.comparisons)",
-        ),
-    }
+    prompts = (len(inputs.prompts), "prompts (data.prompts)")
+    comparisons = (
+        len(inputs.comparisons),
+        "comparisons (data.comparisons, or rm.ranking.labeler=vader to have the policy's own samples ranked)",
+    )
+    ranked = prompts if cfg.rm.ranking.labeler else comparisons
+    demonstrations = (len(inputs.demonstrations), "demonstrations (data.demonstrations)")
+    needs = {"sft": demonstrations, "rm": ranked, "dpo": ranked, "ppo": prompts}
     for stage in cfg.stages:
         count, what = needs[stage]
         if not count:

@@ -42,7 +42,7 @@ from rlhf_cluster.storage.durable import StorageError, replace_text
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.storage.run_directory import RunDirectory
 from rlhf_cluster.telemetry.calibration import calibration, write_calibration
-from rlhf_cluster.telemetry.comparison import write_samples
+from rlhf_cluster.telemetry.comparison import gold_of, write_samples
 from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, Sink
 from rlhf_cluster.telemetry.progress import ConsoleSink, Progress
 from rlhf_cluster.telemetry.quiet import driver_log
@@ -369,7 +369,7 @@ async def _publish_result(run: Run, opened: OpenRooms) -> None:
     """What the run is judged by: the last policy, which is there already, or its average, as the version after it."""
     if run.cfg.ppo.result == "ema":
         version = run.cfg.ppo.steps + 1
-        await opened.learner.publish(version)
+        await opened.learner.publish_average(version)
         await opened.rooms.generation.receive(version)
 
 
@@ -425,8 +425,8 @@ async def _heldout(run: Run, opened: OpenRooms, when: str) -> HeldOut:
 
 
 def _compare(run: Run, before: HeldOut, after: HeldOut) -> None:
-    name = run.cfg.evaluation.gold or "the reward model itself"
-    comparison = compare_heldout(before, after, name)
+    gold = gold_of(run.cfg.evaluation.gold, {part.kind for part in run.cfg.reward.parts})
+    comparison = compare_heldout(before, after, gold)
     write_samples(run.directory.path / SAMPLES_FILE, samples(before, after, run.inputs.text))
     pq.write_table(after.table(), run.directory.path / "heldout_after.parquet")
     replace_text(run.directory.path / COMPARISON_FILE, comparison.to_json(), "the comparison")

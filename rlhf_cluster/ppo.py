@@ -108,6 +108,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
             heldout = await log.evaluate(stats.weight_version)
             # First, so that what a checkpoint has behind it is on record.
             write_down(step, batch, stats, controls, alarms, heldout, log)
+            stop_where_due(alarms, stats.weight_version, log)
             if is_checkpoint(step, cfg):
                 with log.timer("save_checkpoint"):
                     await save(rooms, stats.weight_version, control, rails, log)
@@ -136,7 +137,7 @@ async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, tim
     batch = admission.batch()
     if not len(batch.rows):
         raise EmptyBatchError(
-            f"iteration {step}: none of its {cfg.batch_size} samples has a score to train on ({reasons(batch)}); "
+            f"iteration {step + 1}: none of its {cfg.batch_size} samples has a score to train on ({reasons(batch)}); "
             "mend the reward, or give it more time (reward.deadline_s)"
         )
     return batch
@@ -178,16 +179,20 @@ class GuardrailError(RuntimeError):
 
 
 async def heed(alarms: Sequence[Alarm], rooms: Rooms, version: int, log: Log) -> None:
-    """What is due: a word, or the last checkpoint's policy as `version`, or the end."""
+    """What is due at once: a word, or the last checkpoint's policy as `version`."""
     for alarm in alarms:
         log.warn(f"iteration {version}: guardrail {alarm.name} ({alarm.action}): {alarm.sentence}")
-    action = gravest(alarms)
-    last = log.checkpoints.latest() if action == "rollback" else None
+    last = log.checkpoints.latest() if gravest(alarms) == "rollback" else None
     if last is not None:
         log.checkpoints.verify(last)
         await rooms.learner.load(last.path, version)
         log.warn(f"iteration {version}: the policy is that of the checkpoint of iteration {last.step} again")
-    elif action in ("rollback", "stop"):
+
+
+def stop_where_due(alarms: Sequence[Alarm], version: int, log: Log) -> None:
+    """The end, once the iteration that led to it is on record; its checkpoint is not written."""
+    action = gravest(alarms)
+    if action == "stop" or (action == "rollback" and log.checkpoints.latest() is None):
         told = "; ".join(f"{alarm.name}: {alarm.sentence}" for alarm in alarms if alarm.action == action)
         none = " and there is no checkpoint yet to go back to" if action == "rollback" else ""
         raise GuardrailError(f"iteration {version} was stopped by ppo.guardrails ({told}){none}")

@@ -48,7 +48,6 @@ PPO = arms.options(
     ppo__steps=60,
     ppo__batch_size=256,
     ppo__minibatch_size=128,
-    ppo__kl__coef=0.02,
     learner__policy__lr=1e-4,
     learner__policy__warmup_steps=3,
     learner__critic__lr=3e-4,
@@ -65,11 +64,12 @@ RM = arms.options(
     rm__optimizer__lr=5e-4,
 )
 ALONE = arms.options(stages="[ppo]")
+PENALTY = arms.options(ppo__kl__coef=0.02)
 ARMS = {
-    "PPO, reward model": [*RM, *PPO],
-    "PPO, true reward": [*ALONE, *PPO, *arms.options(reward="exact")],
+    "PPO, reward model": [*RM, *PPO, *PENALTY],
+    "PPO, true reward": [*ALONE, *PPO, *PENALTY, *arms.options(reward="exact")],
     "GRPO, true reward": [*ALONE, *PPO, *arms.options(reward="exact", advantage="grpo", kl="loss")],
-    "PPO, random reward": [*ALONE, *PPO, *arms.options(reward="random")],
+    "PPO, random reward": [*ALONE, *PPO, *PENALTY, *arms.options(reward="random")],
 }
 
 

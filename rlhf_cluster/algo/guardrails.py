@@ -65,8 +65,10 @@ class Guardrails:
         return [alarm for alarm in found if alarm is not None]
 
     def after(self, metrics: Mapping[str, float]) -> list[Alarm]:
-        """Of an update that was made: the learner's own metrics."""
-        norm = max(metrics.get("actor/grad_norm_max", 0.0), metrics.get("critic/grad_norm_max", 0.0))
+        """Of an update that was made: the learner's own metrics. Without a critic it has no norm; and while the critic
+        warms up alone, or where all was skipped, the policy has no clip fraction."""
+        norms = [metrics[name] for name in ("actor/grad_norm_max", "critic/grad_norm_max") if name in metrics]
+        norm = max(norms, default=0.0)
         found = [
             self._above("clipfrac", metrics.get("actor/pg_clipfrac", 0.0), "of the tokens were clipped"),
             self._above("grad_norm", norm, "is the largest gradient norm of a step"),

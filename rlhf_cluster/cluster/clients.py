@@ -178,7 +178,14 @@ class LearnerGroup:
         return stats[0]
 
     async def publish(self, version: int) -> None:
-        snapshots: list[Snapshot | None] = await self._all("publish", version, self._channel.directory)
+        await self._publish("publish", version)
+
+    async def publish_average(self, version: int) -> None:
+        """The policy's average as `version`, which no policy has."""
+        await self._publish("publish_average", version)
+
+    async def _publish(self, verb: str, version: int) -> None:
+        snapshots: list[Snapshot | None] = await self._all(verb, version, self._channel.directory)
         store = self._channel.store
         await answer(store.actor.add.remote(snapshots[0]), Call(store.name, "add", store.log), self._deadline_s)
 

@@ -365,7 +365,7 @@ class LoggingConfig:
 class EvaluationConfig:
     """The comparison before/after on held-out prompts."""
 
-    gold: str = ""  # empty: the reward's own score; vader, exact, letters: a labeler, whom PPO never sees
+    gold: str = ""  # empty: the reward's own score; vader, exact, letters: a labeler, watched and not learnt from
     samples_per_prompt: int = 4
     every: int = 0  # iterations between evaluations on the way; 0: only before the first and after the last
 

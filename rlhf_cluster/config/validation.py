@@ -240,8 +240,7 @@ def _validate_sft(cfg: RunConfig) -> None:
 def _validate_files(cfg: RunConfig) -> None:
     """Each stage reads from a file of the user's own."""
     ranked = "prompts" if cfg.rm.ranking.labeler else "comparisons"
-    rankings = "comparisons" if "rm" not in cfg.stages else ranked
-    for stage, kind in (("sft", "demonstrations"), ("rm", ranked), ("dpo", rankings), ("ppo", "prompts")):
+    for stage, kind in (("sft", "demonstrations"), ("rm", ranked), ("dpo", ranked), ("ppo", "prompts")):
         _require(
             stage not in cfg.stages or bool(getattr(cfg.data, kind)),
             f"data.{kind} is empty; stage {stage} needs that file with data.source=files",

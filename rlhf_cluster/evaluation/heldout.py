@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from rlhf_cluster.records import Members, ReferencedRollouts, Rollouts, ScoredRollouts, join
 from rlhf_cluster.rooms import Rooms
-from rlhf_cluster.telemetry.comparison import Comparison, Sample, compare
+from rlhf_cluster.telemetry.comparison import Comparison, Gold, Sample, compare
 
-Gold = Callable[[Rollouts], Sequence[float]]
+Judge = Callable[[Rollouts], Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class HeldOut:
         }
 
 
-async def sample_heldout(rooms: Rooms, members: Members, samples_per_prompt: int, gold: Gold | None) -> HeldOut:
+async def sample_heldout(rooms: Rooms, members: Members, samples_per_prompt: int, gold: Judge | None) -> HeldOut:
     """Samples every member from the policy that generation serves now. Without `gold`, the reward's score is the
     gold."""
     scoring: list[asyncio.Task[ScoredRollouts]] = []
@@ -67,10 +67,10 @@ async def _scored(rooms: Rooms, rollouts: Rollouts) -> ScoredRollouts:
     return join(rollouts, scores, ref)
 
 
-def compare_heldout(before: HeldOut, after: HeldOut, gold_name: str) -> Comparison:
+def compare_heldout(before: HeldOut, after: HeldOut, gold: Gold) -> Comparison:
     """Paired over prompts; see `telemetry.comparison.compare`."""
     kl = after.kl()
-    return compare(before.gold.tolist(), after.gold.tolist(), kl.tolist() if kl is not None else None, gold_name)
+    return compare(before.gold.tolist(), after.gold.tolist(), kl.tolist() if kl is not None else None, gold)
 
 
 def samples(before: HeldOut, after: HeldOut, text: Callable[[Any], str]) -> list[Sample]:

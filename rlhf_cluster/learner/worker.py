@@ -153,11 +153,20 @@ class LearnerWorker:
         return StepRates(policy, learning_rate(self._cfg.critic, step, steps))
 
     def publish(self, version: int, directory: str) -> Snapshot | None:
-        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. The version
-        after the policy's is its average. A collective."""
-        averaged = self._models.average is not None and version == self._version + 1
-        if version != self._version and not averaged:
+        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A
+        collective."""
+        if version != self._version:
             raise LearnerError(f"the policy is version {self._version}, it cannot be published as {version}")
+        return self._snapshot(version, directory, averaged=False)
+
+    def publish_average(self, version: int, directory: str) -> Snapshot | None:
+        """As `publish`, of the policy's average, by a `version` that no policy has. A collective."""
+        if self._models.average is None or version <= self._version:
+            kept = "no average is kept" if self._models.average is None else f"the policy is version {self._version}"
+            raise LearnerError(f"an average cannot be published as version {version}: {kept}")
+        return self._snapshot(version, directory, averaged=True)
+
+    def _snapshot(self, version: int, directory: str, averaged: bool) -> Snapshot | None:
         published, dtype = self._models.published(averaged), self._models.policy.dtype
         if self._ranks.rank:
             return None

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +22,8 @@ VADER_NOTE = (
     "complaint and does not judge whether a response is true or helpful. PPO never sees its scores."
 )
 REWARD_NOTE = (
-    "Where this score is the reward's own, it is what PPO was trained to raise: that it rose shows that the "
-    "optimisation works, not that responses became better."
+    "This score is the reward's own, what PPO was trained to raise: that it rose shows that the optimisation works. "
+    "How much better the responses became, it shows as far as the reward can be trusted."
 )
 
 
@@ -32,10 +32,29 @@ class ReportError(ValueError):
 
 
 @dataclass(frozen=True)
+class Gold:
+    """Who scores a comparison, and what a reader must know of them wherever it is shown."""
+
+    name: str
+    about: str
+
+
+def gold_of(labeler: str, rewards: Collection[str]) -> Gold:
+    """`labeler`: its name, empty where the reward itself is the judge; `rewards`: the kinds that the score is made
+    of."""
+    if not labeler:
+        return Gold("the reward itself", REWARD_NOTE)
+    if labeler in rewards:
+        return Gold(f"{labeler}, the reward itself", REWARD_NOTE)
+    return Gold(labeler, VADER_NOTE if labeler == "vader" else f"PPO never sees the scores of '{labeler}'.")
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The gold score before and after on the same held-out prompts. Standard errors are over prompts."""
 
     gold: str
+    about_gold: str
     prompts: int
     samples_per_prompt: int
     before_mean: float
@@ -53,13 +72,6 @@ class Comparison:
         if self.difference_se == 0.0:
             return math.copysign(math.inf, self.difference) if self.difference else 0.0
         return self.difference / self.difference_se
-
-    @property
-    def about_gold(self) -> str:
-        """What the person must know of who scored, wherever the comparison is shown."""
-        if "vader" in self.gold.lower():
-            return VADER_NOTE
-        return REWARD_NOTE if "reward" in self.gold.lower() else f"PPO never sees the scores of '{self.gold}'."
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
@@ -85,7 +97,7 @@ def compare(
     before: Sequence[Sequence[float]],
     after: Sequence[Sequence[float]],
     kl: Sequence[Sequence[float]] | None,
-    gold: str,
+    gold: Gold,
 ) -> Comparison:
     """Paired comparison of `before` and `after`, both [prompts][samples]; `kl`, in nats per response, likewise (None
     without a reference).
@@ -101,7 +113,8 @@ def compare(
     (before_mean, before_se), (after_mean, after_se), (difference, difference_se) = map(_mean_and_se, columns)
     kl_mean, kl_se = (None, None) if kl is None else _mean_and_se(_prompt_means(kl))
     return Comparison(
-        gold=gold,
+        gold=gold.name,
+        about_gold=gold.about,
         prompts=len(before_means),
         samples_per_prompt=samples,
         before_mean=before_mean,

@@ -41,7 +41,7 @@ class Plot:
 PLOTS = (
     Plot("Score (what PPO raises)", "score", ("objective/scores",)),
     Plot("Parts of the score", "score", ("reward/*",)),
-    Plot("Gold score of the batch (never seen by PPO)", "gold score", ("objective/gold",)),
+    Plot("Gold score of the batch (not learnt from)", "gold score", ("objective/gold",)),
     Plot("Held-out prompts", "mean score", ("eval/gold", "eval/score")),
     Plot("KL from the reference policy", "nats per response", ("objective/kl",)),
     Plot("Entropy of the policy", "nats", ("objective/entropy",)),

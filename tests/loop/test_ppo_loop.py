@@ -372,7 +372,7 @@ def test_a_batch_of_which_nothing_is_left_is_said(tmp_path: Path) -> None:
         RunOfLoop(tmp_path, fakes)()
     (error,) = leaves(raised.value)
     assert isinstance(error, ppo.EmptyBatchError)
-    assert str(error).startswith("iteration 0: none of its 8 samples has a score to train on (16 x mine: it hung); ")
+    assert str(error).startswith("iteration 1: none of its 8 samples has a score to train on (16 x mine: it hung); ")
 
 
 def test_a_group_stays_together(tmp_path: Path) -> None:
@@ -461,6 +461,8 @@ def test_a_rail_that_stops_names_itself_and_leaves_the_checkpoint(tmp_path: Path
     assert str(error) == words
     last = run.checkpoints.latest()
     assert last is not None and last.step == 2 and run.left == []
+    assert run.metrics[-1].step == 3 and run.metrics[-1].metrics["guard/clipfrac"] == 1.0
+    assert sorted(run.rollouts.read(2).column("sample_id").to_pylist()) == members(2)  # what led to it is on record
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])

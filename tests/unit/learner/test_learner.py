@@ -453,16 +453,20 @@ def test_a_saved_average_goes_on_bit_by_bit(start: Start, tmp_path: Path) -> Non
     assert any(not torch.equal(saved[name].data, p.data) for name, p in policy.named_parameters())
 
 
-def test_the_version_after_the_last_is_the_average(start: Start, tmp_path: Path) -> None:
+def test_the_average_is_published_by_a_version_of_its_own(start: Start, tmp_path: Path) -> None:
     worker = start(ema_decay=0.5)
     updated(worker)
     average = {name: tensor.clone() for name, tensor in worker._models.average.full()}
-    snapshot = worker.publish(2, str(tmp_path))
+    snapshot = worker.publish_average(2, str(tmp_path))
     assert snapshot is not None and snapshot.version == 2
     published = load_file(snapshot.path)
     assert all(torch.equal(tensor, average[f"model.{name}"]) for name, tensor in published.items())
-    with pytest.raises(LearnerError, match="the policy is version 1, it cannot be published as 3"):
-        worker.publish(3, str(tmp_path))
+    with pytest.raises(LearnerError, match="the policy is version 1, it cannot be published as 2"):
+        worker.publish(2, str(tmp_path))
+    with pytest.raises(LearnerError, match="average cannot be published as version 1: the policy is version 1"):
+        worker.publish_average(1, str(tmp_path))
+    with pytest.raises(LearnerError, match="no average is kept"):
+        start().publish_average(1, str(tmp_path))
 
 
 def test_a_minibatch_of_which_all_failed_is_passed_over(start: Start) -> None:
@@ -539,7 +543,7 @@ def test_adapters_are_published_alone_as_they_are_saved(start: Start, tmp_path: 
     worker = start(lora=replace(LORA, publish="adapter"), stage=stage, ema_decay=0.5)
     updated(worker)
     worker.save(str(tmp_path))
-    policy, average = (worker.publish(version, str(tmp_path / "store")) for version in (1, 2))
+    policy, average = worker.publish(1, str(tmp_path / "store")), worker.publish_average(2, str(tmp_path / "store"))
     assert policy is not None and average is not None
     published, saved = load_file(policy.path), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert published.keys() == saved.keys() and all(torch.equal(published[name], saved[name]) for name in saved)

@@ -9,9 +9,11 @@ import pytest
 
 from rlhf_cluster.telemetry.comparison import (
     Comparison,
+    Gold,
     ReportError,
     Sample,
     compare,
+    gold_of,
     printable,
     read_samples,
     write_samples,
@@ -23,7 +25,7 @@ def test_worked_by_hand() -> None:
     before = [[0.0, 2.0], [3.0, 3.0], [1.0, 3.0]]
     after = [[1.0, 3.0], [2.0, 4.0], [7.0, 7.0]]
     kl = [[1.0, 1.0], [2.0, 2.0], [2.0, 4.0]]  # means 1, 2, 3: variance 1
-    c = compare(before, after, kl, "vader")
+    c = compare(before, after, kl, gold_of("vader", []))
     assert (c.prompts, c.samples_per_prompt, c.gold) == (3, 2, "vader")
     assert (c.before_mean, c.after_mean, c.difference, c.kl_mean) == (2.0, 4.0, 2.0, 2.0)
     assert c.before_se == pytest.approx(math.sqrt(1 / 3))
@@ -41,7 +43,7 @@ def test_standard_error_is_the_spread_of_repeated_experiments() -> None:
         level = [rng.gauss(0, 3) for _ in range(16)]  # prompts differ a lot, which pairing takes out
         before = [[x + rng.gauss(0, 1) for _ in range(2)] for x in level]
         after = [[x + 0.5 + rng.gauss(0, 1) for _ in range(2)] for x in level]
-        c = compare(before, after, before, "g")
+        c = compare(before, after, before, Gold("g", ""))
         stated.append(c.difference_se)
         differences.append(c.difference)
     assert statistics.fmean(stated) == pytest.approx(statistics.stdev(differences), rel=0.12)
@@ -49,9 +51,9 @@ def test_standard_error_is_the_spread_of_repeated_experiments() -> None:
 
 
 def test_the_same_shift_for_all_has_no_error() -> None:
-    c = compare([[0.0], [4.0]], [[1.0], [5.0]], [[0.0], [0.0]], "g")
+    c = compare([[0.0], [4.0]], [[1.0], [5.0]], [[0.0], [0.0]], Gold("g", ""))
     assert (c.difference, c.difference_se, c.standard_errors) == (1.0, 0.0, math.inf)
-    same = compare([[0.0], [4.0]], [[0.0], [4.0]], [[0.0], [0.0]], "g")
+    same = compare([[0.0], [4.0]], [[0.0], [4.0]], [[0.0], [0.0]], Gold("g", ""))
     assert same.standard_errors == 0.0
 
 
@@ -67,11 +69,11 @@ def test_the_same_shift_for_all_has_no_error() -> None:
 )
 def test_refuses(before: list[list[float]], after: list[list[float]], said: str) -> None:
     with pytest.raises(ReportError, match=said):
-        compare(before, after, before, "g")
+        compare(before, after, before, Gold("g", ""))
 
 
 def test_json_round_trip_and_refusal() -> None:
-    c = compare([[0.0], [4.0]], [[1.0], [7.0]], [[0.1], [0.2]], "vader")
+    c = compare([[0.0], [4.0]], [[1.0], [7.0]], [[0.1], [0.2]], gold_of("vader", []))
     assert Comparison.from_json(c.to_json()) == c
     with pytest.raises(ReportError, match="exactly the fields"):
         Comparison.from_json('{"gold": "vader"}')
@@ -94,7 +96,14 @@ def test_printable_takes_what_steers() -> None:
 
 
 def test_who_scored_is_said() -> None:
-    said = compare([[0.0], [4.0]], [[1.0], [7.0]], [[0.1], [0.2]], "vader").about_gold
+    said = compare([[0.0], [4.0]], [[1.0], [7.0]], [[0.1], [0.2]], gold_of("vader", ["model"])).about_gold
     assert "stand-in for a human labeler" in said
     assert "PPO never sees" in said
-    assert "trained to raise" in compare([[0.0], [4.0]], [[1.0], [7.0]], [[0.1], [0.2]], "reward").about_gold
+    assert gold_of("exact", ["model"]).about == "PPO never sees the scores of 'exact'."
+
+
+@pytest.mark.parametrize(("labeler", "rewards"), [("", ["model"]), ("exact", ["exact", "length"])])
+def test_a_score_that_was_trained_on_is_never_said_to_be_unseen(labeler: str, rewards: list[str]) -> None:
+    gold = gold_of(labeler, rewards)
+    assert "trained to raise" in gold.about and "never sees" not in gold.about
+    assert gold.name.endswith("the reward itself")

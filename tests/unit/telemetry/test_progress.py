@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from rlhf_cluster.telemetry.comparison import Comparison
+from rlhf_cluster.telemetry.comparison import VADER_NOTE, Comparison
 from rlhf_cluster.telemetry.metrics import MetricsRecord
 from rlhf_cluster.telemetry.progress import ConsoleSink, Progress, StageView, clock_text, render
 
@@ -135,7 +135,7 @@ def test_the_sink_advances_only_the_stage_that_runs() -> None:
 
 def test_the_comparison_has_its_errors_and_says_who_scored() -> None:
     progress, out = plain(Clock(), width=90)
-    progress.comparison(Comparison("vader", 64, 4, 0.2, 0.02, 0.5, 0.03, 0.3, 0.015, 2.5, 0.1))
+    progress.comparison(Comparison("vader", VADER_NOTE, 64, 4, 0.2, 0.02, 0.5, 0.03, 0.3, 0.015, 2.5, 0.1))
     said = out.getvalue()
     for part in ("64 held-out prompts x 4 samples", "+0.2000", "0.0200", "+0.3000", "0.0150", "+20.0", "2.5000"):
         assert part in said

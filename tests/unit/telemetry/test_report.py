@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_cluster.telemetry.calibration import calibration, write_calibration
-from rlhf_cluster.telemetry.comparison import ReportError, Sample, compare, write_samples
+from rlhf_cluster.telemetry.comparison import ReportError, Sample, compare, gold_of, write_samples
 from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, MetricsRecord
 from rlhf_cluster.telemetry.report import summaries, write_report
 
@@ -56,7 +56,7 @@ def full(tmp_path: Path) -> Path:
     run_dir = tmp_path / "quick <run>"
     (run_dir / "config").mkdir(parents=True)
     log_run(run_dir)
-    comparison = compare([[0.0], [1.0], [2.0]], [[1.0], [1.0], [7.0]], [[1.0], [2.0], [3.0]], "vader")
+    comparison = compare([[0.0], [1.0], [2.0]], [[1.0], [1.0], [7.0]], [[1.0], [2.0], [3.0]], gold_of("vader", []))
     (run_dir / "comparison.json").write_text(comparison.to_json())
     write_samples(run_dir / "samples.jsonl", [Sample("p" + ATTACK, "b" + ATTACK, "a" + ATTACK, 0.0, 0.5)] * 5)
     write_calibration(run_dir, calibration([0.1, 1.0, -2.0]))
