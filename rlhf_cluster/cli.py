@@ -118,7 +118,7 @@ def _address(sub: argparse.ArgumentParser) -> None:
 
 
 def _config_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--stage", help="the primary config: pipeline (the default), sft, rm or ppo")
+    sub.add_argument("--stage", help="the primary config: pipeline (the default), sft, rm, dpo or ppo")
     sub.add_argument("--config", type=Path, help="a resolved config file instead of overrides")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe=quickstart ppo.kl.coef=0.05 ...")
 

@@ -96,10 +96,8 @@ class SFTConfig:
     packing: bool = True  # several demonstrations share a sequence, attention kept apart
     dropout: float = 0.0  # on what each layer adds to the residual stream; 0.2 in InstructGPT C.1
     pretraining_share: float = 0.0  # of a step's sequences that are text from data.pretraining; 0.1 in InstructGPT C.3
-    select: str = (
-        "last"  # epoch whose policy goes on: last | reward (highest mean score of the reward on samples for the
-    )
-    # held-out prompts; InstructGPT C.1)
+    select: str = "last"  # last: the last epoch's policy goes on; reward: that of the epoch whose samples for held-out
+    # prompts score highest (InstructGPT C.1)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9.65e-6, schedule="cosine"))
     engine: EngineConfig = field(default_factory=EngineConfig)
     resources: Resources = field(default_factory=Resources)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rlhf_cluster.algo.guardrails import Guardrails, Rail
 from rlhf_cluster.config import (
     ADVANTAGES,
     AdvantageConfig,
@@ -155,6 +156,13 @@ def test_the_first_minibatch_has_ratio_1_and_clips_nothing(start: Start) -> None
 def updated(worker: LearnerWorker, controls: Controls = CONTROLS, step: int = 0) -> dict[str, float]:
     give(worker, rows(step))
     return dict(worker.update(step, controls).metrics)
+
+
+def test_guardrails_read_what_the_learner_says(start: Start) -> None:
+    """By its own names: a rail that found none of them would never speak."""
+    rails = Guardrails({"grad_norm": Rail(1e-9, "warn"), "clipfrac": Rail(1e-9, "warn")})
+    said = updated(start(epochs=4, clip=1e-6))
+    assert [alarm.name for alarm in rails.after(said)] == ["clipfrac", "grad_norm"]
 
 
 def test_an_entropy_bonus_makes_the_policy_less_sure(start: Start) -> None:
