@@ -88,7 +88,7 @@ def train(ranks: Ranks, job: DPOJob, report: Report) -> None:
 def refer(engine: TrainEngine, job: DPOJob) -> Reference:
     """The reference's word on everything that will be asked, once: no second model is kept. A collective."""
     shown = job.comparisons
-    mismatches = _mismatches(shown) if job.cfg.loss == "kto" else []
+    mismatches = _mismatches(shown, job.model.context) if job.cfg.loss == "kto" else []
     of_mismatches = of_responses(engine, job, shown.prompt_ids[: len(mismatches)], mismatches)
     return Reference(_of_rankings(engine, job, shown), mismatches, of_mismatches)
 
@@ -100,10 +100,11 @@ def _of_rankings(engine: TrainEngine, job: DPOJob, comparisons: Comparisons) -> 
     return np.split(found, np.cumsum([len(ranks) for ranks in comparisons.ranks])[:-1]) if len(comparisons) else []
 
 
-def _mismatches(comparisons: Comparisons) -> list[np.ndarray]:
-    """For each prompt the best response to the next one: what the policy would hardly say there."""
+def _mismatches(comparisons: Comparisons, context: int) -> list[np.ndarray]:
+    """For each prompt the best response to the next one, what the policy would hardly say there, as far as it fits."""
     best = [own[int(np.argmin(ranks))] for own, ranks in zip(comparisons.responses, comparisons.ranks, strict=True)]
-    return [*best[1:], *best[:1]]
+    pairs = zip(comparisons.prompt_ids, [*best[1:], *best[:1]], strict=True)
+    return [response[: context - len(prompt)] for prompt, response in pairs]
 
 
 def of_responses(

@@ -32,7 +32,7 @@ from rlhf_cluster.cluster.train import train_on_ranks
 from rlhf_cluster.config import ConfigError, Resources, RunConfig, differences, load_file, to_yaml
 from rlhf_cluster.data.batches import PromptOrder, heldout_members
 from rlhf_cluster.environment import describe_environment
-from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, sample_heldout, samples
+from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, require_scores, sample_heldout, samples
 from rlhf_cluster.inputs import Inputs, load_inputs
 from rlhf_cluster.interrupts import run_async
 from rlhf_cluster.ranking import Judge, RankingError, make_judge, rank_samples, split_comparisons
@@ -227,6 +227,7 @@ async def _mean_score(run: Run, policy: Path) -> float:
     members = heldout_members(prompts, SELECTION_STEP, cfg.evaluation.samples_per_prompt, cfg.seed)
     async with open_judges(cfg, run.attempt, policy) as (generation, reward):
         scores = [await reward.score(rollouts) async for rollouts in generation.sample(members)]
+    require_scores([failure for part in scores for failure in part.failure])
     return float(np.mean(np.concatenate([part.score for part in scores])))
 
 
@@ -335,7 +336,8 @@ def run_ppo(run: Run) -> None:
 async def _run_ppo(run: Run) -> None:
     cfg, checkpoints = run.cfg, Checkpoints(run.directory.checkpoints, run.cfg.ppo.keep_checkpoints)
     trained = run.output(rm.STAGE)
-    reward_model = Path(cfg.reward.path) if cfg.reward.path else trained / "reward_model" if trained else None
+    named = cfg.reward.path or next((part.path for part in cfg.reward.parts if part.kind == "model" and part.path), "")
+    reward_model = trained / "reward_model" if trained and not cfg.reward.path else Path(named) if named else None
     reference = Path(cfg.reference.path) if cfg.reference.path else run.ppo_policy
     run.progress.note("ppo: starting generation, reward, reference and learner workers")
     text = run.inputs.pretraining if cfg.ppo.ptx.coef else Pretraining.empty()

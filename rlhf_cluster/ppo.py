@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.records import Controls, Members, Rollouts, ScoredRollouts, UpdateStats, join
 from rlhf_cluster.rooms import Rooms
-from rlhf_cluster.storage.checkpoints import Checkpoints
+from rlhf_cluster.storage.checkpoints import Checkpoint, Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import MetricsLog
 from rlhf_cluster.telemetry.timer import Timer
@@ -95,12 +96,13 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                 for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
                     batches.append(collecting.create_task(collect(rooms, ahead, prompts, cfg, log.timer)))
                 batch = await batches.popleft()
-                alarms = rails.before(batch.rows)
-                controls = control.before(batch.rows.score, learn=gravest(alarms) in ("", "warn"))
+                early = rails.before(batch.rows)
+                controls = control.before(batch.rows.score, learn=gravest(early) in ("", "warn"))
                 with log.timer("update"):
                     stats = await rooms.learner.update(step, controls)
-                alarms += rails.after(stats.metrics)
-                await heed(alarms, rooms, stats.weight_version, log)
+                alarms = early + rails.after(stats.metrics)
+                good = last_good(early, alarms, batch.rows, log)
+                await heed(alarms, good, rooms, stats.weight_version, log)
                 with log.timer("update_weights"):
                     await rooms.learner.publish(stats.weight_version)
                     await rooms.generation.receive(stats.weight_version)
@@ -108,7 +110,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
             heldout = await log.evaluate(stats.weight_version)
             # First, so that what a checkpoint has behind it is on record.
             write_down(step, batch, stats, controls, alarms, heldout, log)
-            stop_where_due(alarms, stats.weight_version, log)
+            stop_where_due(alarms, good, stats.weight_version)
             if is_checkpoint(step, cfg):
                 with log.timer("save_checkpoint"):
                     await save(rooms, stats.weight_version, control, rails, log)
@@ -178,23 +180,32 @@ class GuardrailError(RuntimeError):
     """A run that was stopped by one of its guardrails."""
 
 
-async def heed(alarms: Sequence[Alarm], rooms: Rooms, version: int, log: Log) -> None:
-    """What is due at once: a word, or the last checkpoint's policy as `version`."""
+def last_good(early: Sequence[Alarm], alarms: Sequence[Alarm], rows: ScoredRollouts, log: Log) -> Checkpoint | None:
+    """The checkpoint to go back to, where that is asked: what was seen in samples is true of the policy that sampled
+    them, which may have a checkpoint too; what was seen in the update, of none before it."""
+    if gravest(alarms) != "rollback":
+        return None
+    sampled = min(int(versions.min()) for versions in rows.weight_versions)
+    return log.checkpoints.latest(below=sampled if gravest(early) == "rollback" else math.inf)
+
+
+async def heed(alarms: Sequence[Alarm], good: Checkpoint | None, rooms: Rooms, version: int, log: Log) -> None:
+    """What is due at once: a word, or the policy of the checkpoint `good` as `version`."""
     for alarm in alarms:
         log.warn(f"iteration {version}: guardrail {alarm.name} ({alarm.action}): {alarm.sentence}")
-    last = log.checkpoints.latest() if gravest(alarms) == "rollback" else None
-    if last is not None:
-        log.checkpoints.verify(last)
-        await rooms.learner.load(last.path, version)
-        log.warn(f"iteration {version}: the policy is that of the checkpoint of iteration {last.step} again")
+    if good is not None:
+        log.checkpoints.verify(good)
+        await rooms.learner.load(good.path, version)
+        log.checkpoints.forget_after(good.step)
+        log.warn(f"iteration {version}: the policy is that of the checkpoint of iteration {good.step} again")
 
 
-def stop_where_due(alarms: Sequence[Alarm], version: int, log: Log) -> None:
+def stop_where_due(alarms: Sequence[Alarm], good: Checkpoint | None, version: int) -> None:
     """The end, once the iteration that led to it is on record; its checkpoint is not written."""
     action = gravest(alarms)
-    if action == "stop" or (action == "rollback" and log.checkpoints.latest() is None):
+    if action == "stop" or (action == "rollback" and good is None):
         told = "; ".join(f"{alarm.name}: {alarm.sentence}" for alarm in alarms if alarm.action == action)
-        none = " and there is no checkpoint yet to go back to" if action == "rollback" else ""
+        none = " and there is no checkpoint of a policy before it to go back to" if action == "rollback" else ""
         raise GuardrailError(f"iteration {version} was stopped by ppo.guardrails ({told}){none}")
 
 

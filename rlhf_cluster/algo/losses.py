@@ -100,12 +100,12 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
         L = sum_t 1/2 max((V_t - R_t)^2, (clip(V_t, Vold_t - c, Vold_t + c) - R_t)^2)
 
-    A value that has moved more than c towards its return stops to be pulled. Not in InstructGPT. All [B, T]; the
-    gradient flows into `values` alone. An empty mask gives zero loss and zero gradient.
+    A value that has moved more than c towards its return stops to be pulled; c = 0 holds none. Not in InstructGPT. All
+    [B, T]; the gradient flows into `values` alone. An empty mask gives zero loss and zero gradient.
     """
     values, old_values = at_tokens(values, mask), at_tokens(old_values.detach(), mask)
     returns = at_tokens(returns.detach(), mask)
-    held = values.clamp(old_values - value_clip, old_values + value_clip)
+    held = values.clamp(old_values - value_clip, old_values + value_clip) if value_clip else values
     free_error, held_error = (values - returns).square(), (held - returns).square()
     return ValueLoss(
         loss_sum=masked_sum(0.5 * torch.maximum(free_error, held_error), mask),

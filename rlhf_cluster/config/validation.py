@@ -230,6 +230,14 @@ def _validate_sft(cfg: RunConfig) -> None:
         not share or bool(cfg.data.pretraining),
         f"sft.pretraining_share={share}, but data.pretraining is empty; name a file of text",
     )
+    texts = round(cfg.sft.batch_size * share / (1 - share))
+    _require(
+        not share or texts > 0,
+        f"sft.pretraining_share={share} of a step of {cfg.sft.batch_size} sequences is less than one; raise it or "
+        "sft.batch_size",
+    )
+    if cfg.sft.select == "reward":
+        _validate_reward(cfg)
     needs = [part.kind for part in cfg.reward.parts if part.kind == "model" and not (part.path or cfg.reward.path)]
     _require(
         cfg.sft.select == "last" or not needs,
@@ -252,6 +260,11 @@ def _validate_kl(cfg: RunConfig) -> None:
     if kl.kind == "adaptive":
         for key, number in (("coef", kl.coef), ("target", kl.target), ("horizon", kl.horizon)):
             _require(number > 0, f"ppo.kl.{key}={number}: with ppo.kl.kind=adaptive it must be above 0")
+        _require(
+            kl.horizon > 0.2 * cfg.ppo.batch_size,
+            f"ppo.kl.horizon={kl.horizon}: one batch of {cfg.ppo.batch_size} could turn the coefficient negative; use "
+            f"more than {0.2 * cfg.ppo.batch_size:g}",
+        )
     if kl.kind == "none":
         for key, number in (("coef", kl.coef), ("loss_coef", kl.loss_coef)):
             _require(
@@ -261,6 +274,7 @@ def _validate_kl(cfg: RunConfig) -> None:
         cfg.ppo.dual_clip == 0 or cfg.ppo.dual_clip > 1,
         f"ppo.dual_clip={cfg.ppo.dual_clip}: it must be above 1, or 0 for none",
     )
+    _require(cfg.ppo.clip > 0, f"ppo.clip={cfg.ppo.clip}: it must be above 0, or nothing can be learnt")
 
 
 def _validate_ptx(cfg: RunConfig) -> None:
@@ -282,11 +296,17 @@ def _validate_guardrails(cfg: RunConfig) -> None:
     for name, rail in rails.rails.items():
         key = f"ppo.guardrails.{name}"
         after = name == "clipfrac"  # the update has been made by then
+        of_samples = name in ("kl", "entropy", "length")
         _one_of(f"{key}.action", rail.action, ("warn", "rollback", "stop") if after else RAIL_ACTIONS)
         _require(rail.limit >= 0, f"{key}.limit={rail.limit}: it must not be negative; 0 watches nothing")
         _require(
             rail.action != "rollback" or not rail.limit or cfg.ppo.save_every > 0,
             f"{key}.action=rollback, but ppo.save_every=0 leaves no checkpoint to go back to; save some",
+        )
+        _require(
+            rail.action != "rollback" or not rail.limit or not of_samples or cfg.ppo.keep_checkpoints != 1,
+            f"{key}.action=rollback looks at samples of a policy that may be the last checkpoint; keep the one before "
+            "too: ppo.keep_checkpoints=2",
         )
     _require(
         not rails.length.limit or rails.length.limit > 1,
@@ -313,6 +333,10 @@ def _validate_advantage(cfg: RunConfig) -> None:
     _require(
         ppo.advantage.needs_critic or ppo.critic_warmup == 0,
         f"ppo.critic_warmup={ppo.critic_warmup}, but ppo.advantage.kind={kind} has no critic; use 0",
+    )
+    _require(
+        ppo.critic_warmup < ppo.steps,
+        f"ppo.critic_warmup={ppo.critic_warmup} leaves none of ppo.steps={ppo.steps} to the policy; lower it",
     )
     longest = cfg.generation.max_response_tokens
     _require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,27 @@ class HeldOut:
     def metrics(self) -> dict[str, float]:
         """Means over all samples, as they are logged; without a reference there is no KL."""
         kl = self.kl()
+        scored = zip(self.rollouts.score.tolist(), self.rollouts.failure, strict=True)
         return {
             "eval/gold": float(self.gold.mean()),
-            "eval/score": float(self.rollouts.score.mean()),
+            "eval/score": float(np.mean([score for score, failure in scored if not failure] or [np.nan])),
             "eval/response_length": float(np.mean([*map(len, self.rollouts.response_ids)])),
             **({} if kl is None else {"eval/kl": float(kl.mean())}),
         }
+
+
+class HeldOutError(RuntimeError):
+    """Held-out samples without a score, of which nothing can be said."""
+
+
+def require_scores(failures: Sequence[str]) -> None:
+    """Raises HeldOutError where a reward has failed: a sample that nobody scored must not count as one of score 0."""
+    if failed := Counter(failure for failure in failures if failure):
+        reason, _ = failed.most_common(1)[0]
+        raise HeldOutError(
+            f"{failed.total()} of {len(failures)} held-out samples have no score ({reason}); mend the reward and give "
+            "the same command again: the run goes on from here"
+        )
 
 
 async def sample_heldout(rooms: Rooms, members: Members, samples_per_prompt: int, gold: Judge | None) -> HeldOut:
@@ -56,6 +72,8 @@ async def sample_heldout(rooms: Rooms, members: Members, samples_per_prompt: int
         async for rollouts in rooms.generation.sample(members):
             scoring.append(side_by_side.create_task(_scored(rooms, rollouts)))
     arrived = ScoredRollouts.concat([task.result() for task in scoring])
+    if gold is None:
+        require_scores(arrived.failure)
     place = {sample_id: row for row, sample_id in enumerate(arrived.sample_id)}
     scored = arrived.take([place[sample_id] for sample_id in members.sample_id])
     scores = scored.score.tolist() if gold is None else list(gold(scored))

@@ -76,9 +76,17 @@ class FunctionCall:
                 return self._channel.recv()  # type: ignore[no-any-return]
             failure = f"it gave no answer within {deadline_s:g} s"
         except (OSError, EOFError):
-            failure = f"its process ended with code {self._process.wait(5.0)}"
+            failure = f"its process ended{self._exit_code()}"
         self.close()
         raise CallFailed(failure)
+
+    def _exit_code(self) -> str:
+        """Unknown where the process closed its channel and lives on, as with a thread that does not end."""
+        assert self._process is not None
+        try:
+            return f" with code {self._process.wait(5.0)}"
+        except subprocess.TimeoutExpired:
+            return " its answers, but not itself"
 
 
 def _end(process: subprocess.Popen[bytes], channel: Connection) -> None:

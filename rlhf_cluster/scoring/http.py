@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import requests
+import urllib3
 
 from rlhf_cluster.scoring.samples import Answer, CallFailed, Sample
 
@@ -36,9 +37,9 @@ class HttpCall:
         body = json.dumps({"samples": [dataclasses.asdict(sample) for sample in samples]}, default=str)
         try:
             answer = json.loads(self._post(body, deadline_s))
-        except requests.RequestException as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise CallFailed(f"{self._url}: {type(error).__name__}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CallFailed(f"{self._url} answered what is not JSON") from error
         return _scores(answer, self._url)
 
@@ -56,7 +57,7 @@ class HttpCall:
             if response.status_code != requests.codes.ok:
                 raise CallFailed(f"{self._url} answered {response.status_code} {response.reason}")
             read = b""
-            for chunk in response.iter_content(1 << 16):
+            while chunk := response.raw.read1(1 << 16, decode_content=True):  # what is there, however little
                 read += chunk
                 if time.monotonic() > end:
                     raise CallFailed(f"{self._url} gave no whole answer within {deadline_s:g} s")

@@ -118,7 +118,10 @@ def _checked(answers: Sequence[Answer], count: int) -> list[float]:
     """As many numbers as were asked for, finite or not; 0 where there was nothing to say."""
     if len(answers) != count:
         raise CallFailed(f"it gave {len(answers)} scores for {count} samples")
-    return [0.0 if answer is None else float(answer) for answer in answers]
+    try:
+        return [0.0 if answer is None else float(answer) for answer in answers]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CallFailed(f"it gave a score that is no number: {error}") from error
 
 
 def _verdicts(settled: Sequence[tuple[float, str, float]]) -> Verdicts:

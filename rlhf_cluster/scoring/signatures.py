@@ -17,6 +17,8 @@ from typing import Any
 
 from rlhf_cluster.scoring.samples import Answer, Sample
 
+TRLS_OWN = {"completion_ids", "trainer_state", "log_extra", "log_metric"}  # of its trainer, not of a sample
+
 Adapted = Callable[[Sequence[Sample]], Sequence[Answer]]
 
 
@@ -30,6 +32,8 @@ def adapt(function: Callable[..., Any], label: str) -> Adapted:
     names = set(parameters)
     everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if "completions" in names:
+        if unknown := sorted(name for name in names & TRLS_OWN if parameters[name].default is inspect.Parameter.empty):
+            raise SignatureError(f"it asks for {', '.join(unknown)}, which only TRL's trainer has; give them defaults")
         return lambda samples: _trl(function, samples, names, everything)
     if {"queries", "prompts", "labels"} <= names:
         return lambda samples: _openrlhf(function, samples, label)

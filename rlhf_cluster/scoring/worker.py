@@ -137,9 +137,10 @@ class RewardWorker:
         columns: dict[str, Any] = {}
         for part in self._parts:
             verdicts = part.scorer(rollouts, samples)
-            scores = np.array(verdicts.scores, np.float32)
-            for row, failure in enumerate(verdicts.failures):
-                if failure:
+            with np.errstate(over="ignore"):
+                scores = np.array(verdicts.scores, np.float32)
+            for row, told in enumerate(verdicts.failures):
+                if failure := told or ("" if np.isfinite(scores[row]) else "it gave a score too large for float32"):
                     scores[row] = self._cfg.neutral_score
                     failures[row] = failures[row] or self._outcome(part, rollouts.sample_id[row], failure)
             total += part.weight * scores

@@ -7,6 +7,7 @@ disk before the next. It knows nothing of models or of what the files mean.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,9 +65,15 @@ class Checkpoints:
         if self._keep:
             self.prune(self._keep)
 
-    def latest(self) -> Checkpoint | None:
-        """The complete checkpoint of the highest step, or None. Sizes are compared, contents are not (`verify`)."""
-        return next(self._complete(), None)
+    def latest(self, below: float = math.inf) -> Checkpoint | None:
+        """The complete checkpoint of the highest step below `below`, or None. Sizes are compared, contents are not
+        (`verify`)."""
+        return next((checkpoint for checkpoint in self._complete() if checkpoint.step < below), None)
+
+    def forget_after(self, step: int) -> None:
+        """Removes the complete checkpoints of later steps: they are of a policy that was left."""
+        for checkpoint in [one for one in self._complete() if one.step > step]:
+            self._remove(checkpoint)
 
     def verify(self, checkpoint: Checkpoint) -> None:
         """Reads every file. Raises StorageError naming those whose content is not what was committed."""
@@ -89,13 +96,16 @@ class Checkpoints:
             raise ValueError(f"keep={keep} checkpoints; it must be at least 1")
         removed = []
         for checkpoint in list(self._complete())[keep:]:
-            # Renamed first: a removal that is cut short leaves a leftover, never half a checkpoint under its name.
-            gone = durable.temporary(self.directory / f"step-{checkpoint.step}")
-            durable.remove(gone)
-            checkpoint.path.replace(gone)
-            durable.remove(gone)
+            self._remove(checkpoint)
             removed.append(checkpoint.step)
         return removed
+
+    def _remove(self, checkpoint: Checkpoint) -> None:
+        # Renamed first: a removal that is cut short leaves a leftover, never half a checkpoint under its name.
+        gone = durable.temporary(self.directory / f"step-{checkpoint.step}")
+        durable.remove(gone)
+        checkpoint.path.replace(gone)
+        durable.remove(gone)
 
     def _complete(self) -> Iterator[Checkpoint]:
         """Complete checkpoints, newest first."""

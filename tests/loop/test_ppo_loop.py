@@ -18,7 +18,7 @@ from rlhf_cluster import ppo
 from rlhf_cluster.algo.admission import Batch
 from rlhf_cluster.config import AdvantageConfig, GuardrailsConfig, KLConfig, PPOConfig, RailConfig
 from rlhf_cluster.data.batches import PromptOrder
-from rlhf_cluster.records import Controls, ReferencedRollouts, Rollouts, ScoredRollouts, Scores
+from rlhf_cluster.records import Controls, ReferencedRollouts, RefLogprobs, Rollouts, ScoredRollouts, Scores
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, MetricsRecord, read_metrics
@@ -477,12 +477,37 @@ def test_a_rail_that_rolls_back_goes_on_from_the_last_checkpoint(tmp_path: Path,
     assert run.warned[-1] == "iteration 4: the policy is that of the checkpoint of iteration 2 again"
 
 
+@pytest.mark.parametrize(("save_every", "back"), [(1, 2), (3, None)])
+def test_what_is_seen_in_samples_is_not_cured_by_the_checkpoint_of_their_own_policy(
+    tmp_path: Path, save_every: int, back: int | None
+) -> None:
+    """The samples of iteration 4 are of version 3, which is far from the reference and has a checkpoint."""
+    run = RunOfLoop(tmp_path)
+    near = run.fakes.reference.logprobs
+
+    async def far_away(rollouts: Rollouts) -> RefLogprobs:
+        found = await near(rollouts)
+        apart = [logprobs - 50.0 * (rollouts.step[0] == 3) for logprobs in found.ref_logprobs]
+        return RefLogprobs.of({"sample_id": found.sample_id, "ref_logprobs": apart})
+
+    run.fakes.reference.logprobs = far_away  # type: ignore[method-assign]
+    rails = rail(kl=RailConfig(40.0, "rollback"))
+    if back is None:
+        with pytest.raises(BaseExceptionGroup) as raised:
+            run(save_every=save_every, **rails)
+        assert "no checkpoint of a policy before it" in str(next(leaves(raised.value)))
+    else:
+        run(save_every=save_every, **rails)
+        assert run.fakes.learner.loaded == [f"version {back}"]
+        assert not any(f"step-{back + 1}" in path.name for path in run.checkpoints.directory.iterdir())
+
+
 def test_without_a_checkpoint_a_rollback_is_the_end(tmp_path: Path) -> None:
     run = RunOfLoop(tmp_path)
     run.fakes.learner.told[0] = {"actor/grad_norm_max": 100.0}
     with pytest.raises(BaseExceptionGroup) as raised:
         run(save_every=2, **rail(grad_norm=RailConfig(50.0, "rollback")))
-    assert str(next(leaves(raised.value))).endswith("and there is no checkpoint yet to go back to")
+    assert str(next(leaves(raised.value))).endswith("and there is no checkpoint of a policy before it to go back to")
 
 
 def test_the_first_length_is_kept_by_the_checkpoint(tmp_path: Path) -> None:

@@ -347,6 +347,18 @@ def test_dynamic_sampling_needs_groups() -> None:
         ),
         (["ppo.guardrails.clipfrac.action=skip"], r"clipfrac\.action=skip: it must be one of warn, rollback, stop"),
         (["ppo.guardrails.kl={limit: 9, action: rollback}"], r"kl\.action=rollback, but ppo\.save_every=0 leaves no"),
+        (
+            ["ppo.guardrails.kl={limit: 9, action: rollback}", "ppo.save_every=1", "ppo.keep_checkpoints=1"],
+            r"kl\.action=rollback looks at samples of a policy .*ppo\.keep_checkpoints=2",
+        ),
+        (["kl=adaptive", "ppo.kl.horizon=100"], r"one batch of 512 could turn the coefficient negative; .*than 102\.4"),
+        (["ppo.clip=0"], r"ppo\.clip=0\.0: it must be above 0"),
+        (["ppo.critic_warmup=1000"], r"ppo\.critic_warmup=1000 leaves none of ppo\.steps=100 to the policy"),
+        (
+            ["sft.pretraining_share=0.1", "sft.batch_size=4", "data.pretraining=x"],
+            r"0\.1 of a step of 4 sequences is less",
+        ),
+        (["stages=[sft]", "sft.select=reward", "reward.parts=[{kind: modle}]"], r"reward\.parts\[0\]\.kind=modle"),
         (["ppo.guardrails.length.limit=0.5"], r"ppo\.guardrails\.length\.limit=0\.5: a factor above 1, or 0 for none"),
         (["ppo.guardrails.kl.limit=5", "kl=none"], r"kl\.limit=5\.0, but ppo\.kl\.kind=none starts no reference"),
         (["ppo.guardrails.entropy.limit=-1"], r"entropy\.limit=-1\.0: it must not be negative"),

@@ -109,8 +109,9 @@ def test_a_held_critic_is_never_better_off(batch: tuple[Tensor, ...], clip: floa
     mask, values, old, returns = batch
     free = 0.5 * (values - returns)[mask].square().sum()
     assert float(value_loss(values, old, returns, mask, clip).loss_sum) >= float(free) - 1e-9
-    unmoved = value_loss(values, values, returns, mask, clip)
-    assert float(unmoved.loss_sum) == pytest.approx(float(free), abs=1e-9)
+    for unheld in (value_loss(values, values, returns, mask, clip), value_loss(values, old, returns, mask, 0.0)):
+        assert float(unheld.loss_sum) == pytest.approx(float(free), abs=1e-9)
+        assert float(unheld.vf_clipfrac_sum) == 0
 
 
 @given(batches(2), hnp.arrays(np.float64, 6, elements=NUMBERS), SHARES)

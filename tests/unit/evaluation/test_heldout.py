@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_cluster.evaluation.heldout import HeldOut
+from rlhf_cluster.evaluation.heldout import HeldOut, HeldOutError, require_scores
 from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
 
 # Two prompts, two samples each; the log-ratios to the reference sum to 0.5, 0, 1.0 and -0.25.
@@ -41,3 +41,11 @@ def test_without_a_reference_there_is_no_kl_to_tell() -> None:
     found = HeldOut(ScoredRollouts.of(COLUMNS), GOLD, 2)
     assert found.kl() is None
     assert set(found.metrics()) == {"eval/gold", "eval/score", "eval/response_length"}
+
+
+def test_a_sample_without_a_score_counts_as_none_and_never_as_zero() -> None:
+    broken = {**COLUMNS, "score": [1.0, 2.0, 3.0, 0.0], "failure": ["", "", "", "http: it is down"]}
+    assert HeldOut(ScoredRollouts.of(broken), GOLD, 2).metrics()["eval/score"] == 2.0
+    require_scores([""] * 4)
+    with pytest.raises(HeldOutError, match=r"1 of 4 held-out samples have no score \(http: it is down\)"):
+        require_scores(broken["failure"])

@@ -135,3 +135,11 @@ def test_after_failures_in_a_row_nobody_is_asked_for_a_while() -> None:
 def test_calls_side_by_side_answer_in_order() -> None:
     patience = Patience(2.0, 0, 0.0, 3, 30.0, batch_size=1, concurrency=4)
     assert list(patient(Asked(scores), Clock(), patience)(samples("abcdefgh")).scores) == [*map(float, range(97, 105))]
+
+
+def test_what_is_no_number_is_no_answer() -> None:
+    """JSON allows integers of any length."""
+    for bad in ("five", 10**400, [1.0]):
+        found = patient(Asked(lambda names, bad=bad: [bad] * len(names)), Clock())(samples("a"))
+        assert found.scores == [0.0] or tuple(found.scores) == (0.0,)
+        assert found.failures[0].startswith("it gave a score that is no number: ")

@@ -71,3 +71,15 @@ def test_another_is_refused_with_its_parameters() -> None:
 
     with pytest.raises(SignatureError, match=r"its parameters are \(text, target\); known are \(samples\), \(prompts"):
         adapt(reward, "answer")
+
+
+def test_what_only_trls_trainer_has_is_refused_at_once() -> None:
+    def needs(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        raise AssertionError
+
+    def may_have(completions: list[str], trainer_state: object = None) -> list[float]:
+        return [1.0 for _ in completions]
+
+    with pytest.raises(SignatureError, match="it asks for completion_ids, which only TRL's trainer has"):
+        adapt(needs, "answer")
+    assert len(adapt(may_have, "answer")([Sample("0", "p", "r", True)])) == 1

@@ -91,7 +91,7 @@ def test_text_is_without_special_tokens_and_columns_are_the_rows_own(
     assert list(found.failure) == [""] * 3 and found.score.tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("bad", ["float('nan')", "float('inf')", "1/0"])
+@pytest.mark.parametrize("bad", ["1e300", "float('nan')", "float('inf')", "1/0"])
 def test_a_failure_costs_its_sample(rollouts: Rollouts, tiny: Path, tmp_path: Path, bad: str) -> None:
     (tmp_path / "mine.py").write_text(FUNCTION.replace("BAD", bad))
     part = RewardPart("function", "mine", path=f"{tmp_path / 'mine.py'}:score")
