@@ -335,13 +335,10 @@ def run_ppo(run: Run) -> None:
 
 async def _run_ppo(run: Run) -> None:
     cfg, checkpoints = run.cfg, Checkpoints(run.directory.checkpoints, run.cfg.ppo.keep_checkpoints)
-    trained = run.output(rm.STAGE)
-    named = cfg.reward.path or next((part.path for part in cfg.reward.parts if part.kind == "model" and part.path), "")
-    reward_model = trained / "reward_model" if trained and not cfg.reward.path else Path(named) if named else None
     reference = Path(cfg.reference.path) if cfg.reference.path else run.ppo_policy
     run.progress.note("ppo: starting generation, reward, reference and learner workers")
     text = run.inputs.pretraining if cfg.ppo.ptx.coef else Pretraining.empty()
-    inputs = PPOInputs(run.ppo_policy, reference, reward_model, text)
+    inputs = PPOInputs(run.ppo_policy, reference, _reward_model(run), text)
     async with open_rooms(cfg, run.attempt, inputs) as opened:
         start = await _resume(run, opened, checkpoints)
         before = await _before(run, opened)
@@ -365,6 +362,16 @@ async def _run_ppo(run: Run) -> None:
         memory = {f"memory_gb/{name.replace(' ', '_')}": peak / 1e9 for name, peak in peaks.items()}
         last_checkpoint = timer.take()
         run.metrics.log(ppo.STAGE, cfg.ppo.steps, after.metrics() | memory | last_checkpoint)
+
+
+def _reward_model(run: Run) -> Path | None:
+    """The reward model, which the critic starts as: named for the run, or stage 2's, or named by a part alone."""
+    if run.cfg.reward.path:
+        return Path(run.cfg.reward.path)
+    if trained := run.output(rm.STAGE):
+        return trained / "reward_model"
+    own = [Path(part.path) for part in run.cfg.reward.parts if part.kind == "model" and part.path]
+    return own[0] if own else None
 
 
 async def _publish_result(run: Run, opened: OpenRooms) -> None:

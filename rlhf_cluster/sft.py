@@ -60,12 +60,6 @@ class SFTJob:
         prompts = [*self.demonstrations.prompt_ids, *(block[:1] for block in blocks)]
         return prompts, [*self.demonstrations.response_ids, *(block[1:] for block in blocks)]
 
-    @property
-    def texts_per_step(self) -> int:
-        """Blocks of text beside a step's `batch_size` sequences of demonstrations."""
-        share = self.cfg.pretraining_share
-        return round(self.cfg.batch_size * share / (1 - share))
-
     def rows(self) -> list[list[int]]:
         """Which demonstrations share a row."""
         if not self.cfg.packing:
@@ -84,7 +78,7 @@ class SFTJob:
         for epoch in range(self.cfg.epochs):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(rows))
             for start in range(0, len(rows), self.cfg.batch_size):
-                places = range(step * self.texts_per_step, (step + 1) * self.texts_per_step)
+                places = range(step * self.cfg.texts_per_step, (step + 1) * self.cfg.texts_per_step)
                 mixed_in = [[shown + texts[place]] for place in places]
                 yield [rows[i] for i in order[start : start + self.cfg.batch_size]] + mixed_in
                 step += 1

@@ -16,25 +16,18 @@ from pathlib import Path
 
 import arms
 import matplotlib.pyplot as plt
+import small
 import sums
 
 HERE = Path(__file__).parent
-WRONG, DEMONSTRATIONS, HELDOUT, SAMPLES = 0.3, 6000, 300, 4
+WRONG, DEMONSTRATIONS = 0.3, 6000
 
-COMMON = arms.options(
-    model="pretrained",
+TASK = arms.options(
     model__context=sums.CONTEXT,
-    data="files",
     data__max_prompt_tokens=8,
-    data__heldout_prompts=HELDOUT,
     generation__max_response_tokens=6,
-    generation__max_num_seqs=256,
-    generation__kv_cache_memory=268435456,
     generation__flush_ms=200,
     evaluation__gold="exact",
-    evaluation__samples_per_prompt=SAMPLES,
-    evaluation__every=10,
-    learner__engine__zero_stage=0,
 )
 SFT = arms.options(
     name="sft",
@@ -95,13 +88,7 @@ def one_seed(directory: Path, seed: int) -> dict[str, arms.Outcome]:
     if not model.is_dir():
         sums.write_data(data, seed, DEMONSTRATIONS, WRONG)
         sums.write_model(model, seed)
-    given = [
-        *COMMON,
-        f"model.path={model}",
-        f"data.prompts={data / 'prompts.jsonl'}",
-        f"data.demonstrations={data / 'demonstrations.jsonl'}",
-        f"seed={seed}",
-    ]
+    given = [*small.given(model, data, seed), *TASK]
     arms.run(directory / "sft", [*given, *SFT])
     policy = f"policy_path={directory / 'sft' / 'stages' / 'sft' / 'policy'}"
     found = {}

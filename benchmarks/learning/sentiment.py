@@ -18,35 +18,30 @@ import argparse
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
 import arms
 import gao
 import matplotlib.pyplot as plt
+import numpy as np
 import pyarrow.parquet as pq
+import small
 import snippets
 from afinn import Afinn
+from matplotlib.axes import Axes
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
-HELDOUT, SAMPLES = 300, 4
 BEST_OF, BEST_OF_PROMPTS = 64, 100
 
-COMMON = arms.options(
-    model="pretrained",
+TASK = arms.options(
     model__context=snippets.CONTEXT,
-    data="files",
     data__max_prompt_tokens=32,
-    data__heldout_prompts=HELDOUT,
     generation__max_response_tokens=20,
-    generation__max_num_seqs=256,
-    generation__kv_cache_memory=268435456,
     generation__flush_ms=300,
     evaluation__gold="vader",
-    evaluation__samples_per_prompt=SAMPLES,
-    evaluation__every=10,
-    learner__engine__zero_stage=0,
 )
 SFT = arms.options(name="sft", stages="[sft]", sft__epochs=8, sft__batch_size=64, sft__optimizer__lr=2e-3)
 PPO = arms.options(
@@ -85,6 +80,7 @@ class RewardModel:
 
 REWARD_MODELS = {"small": RewardModel(1, 100), "large": RewardModel(0, 1500)}
 COEFFICIENTS = (0.0, 0.02, 0.1, 0.3)
+CONTROL, BEFORE = "random", Path("stages/before/heldout.parquet")  # the control's directory; samples within a run's
 CLAIM = (("large", 0.02), ("large", 0.0), ("small", 0.0))
 
 
@@ -97,21 +93,22 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, list[arms.Outcome]] = {}
     blind: dict[str, list[Text]] = {}
-    for seed in args.seeds:
-        task = Task(args.out / f"seed-{seed}", args.data, seed)
-        for arm, directory in task.arms(whole=seed in args.whole).items():
+    tasks = [Task(args.out / f"seed-{seed}", args.data, seed) for seed in args.seeds]
+    for task in tasks:
+        for arm, directory in task.arms(whole=task.seed in args.whole).items():
             found.setdefault(arm, []).append(arms.outcome(directory))
             blind.setdefault(arm, []).append(read_text(directory / "heldout_after.parquet", task.model))
-            before, after = found[arm][-1].before, found[arm][-1].after
-            print(f"seed {seed}, {arm}: gold {before:+.3f} -> {after:+.3f}, KL {found[arm][-1].kl:.2f}", flush=True)
-    best = best_of_n(Task(args.out / f"seed-{args.seeds[0]}", args.data, args.seeds[0]).best_of_n())
-    blind = {"SFT": [read_text(*sft_samples(args.out / f"seed-{seed}")) for seed in args.seeds], **blind}
+            one = found[arm][-1]
+            told = f"gold {one.before:+.3f} -> {one.after:+.3f}, KL {one.kl:.2f}"
+            print(f"seed {task.seed}, {arm}: {told}", flush=True)
+    best = best_of_n(tasks[0].best_of_n())
+    blind = {"SFT": [read_text(task.before, task.model) for task in tasks], **blind}
     print(arms.table(found))
     print(table_of_text(blind))
     fits = {name: fit_arm(outcomes) for name, outcomes in found.items() if name.endswith("coefficient 0")}
     fits["best-of-n"] = fit_best(best)
-    for name, one in fits.items():
-        print(f"{name}: {one.form}, a {one.a:.3f}, b {one.b:.3f}, R2 {one.r_squared:.3f}, peak at d {one.peak:.2f}")
+    for name, fit in fits.items():
+        print(f"{name}: {fit.form}, a {fit.a:.3f}, b {fit.b:.3f}, R2 {fit.r_squared:.3f}, peak at d {fit.peak:.2f}")
     everything = {
         "seeds": args.seeds,
         "arms": {arm: [dataclasses.asdict(one) for one in outcomes] for arm, outcomes in found.items()},
@@ -125,7 +122,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """All runs of a seed, in one directory."""
+    """All runs of a seed, in one directory. To ask for a finished run takes seconds: each is asked for once."""
 
     directory: Path
     source: Path
@@ -135,54 +132,56 @@ class Task:
     def model(self) -> Path:
         return self.directory / "model"
 
+    @cached_property
     def given(self) -> list[str]:
+        """What all runs from the SFT policy are told."""
         data = self.directory / "data"
         if not self.model.is_dir():
             snippets.write_data(self.source, data)
             snippets.write_model(self.source, self.model, self.seed)
-        return [
-            *COMMON,
-            f"model.path={self.model}",
-            f"data.prompts={data / 'prompts.jsonl'}",
-            f"data.demonstrations={data / 'demonstrations.jsonl'}",
-            f"seed={self.seed}",
-        ]
+        told = [*small.given(self.model, data, self.seed), *TASK]
+        sft = arms.run(self.directory / "sft", [*told, *SFT])
+        return [*told, f"policy_path={sft / 'stages' / 'sft' / 'policy'}"]
 
-    def policy(self) -> str:
-        sft = arms.run(self.directory / "sft", [*self.given(), *SFT])
-        return f"policy_path={sft / 'stages' / 'sft' / 'policy'}"
-
-    def reward(self, name: str) -> str:
-        options = [*self.given(), self.policy(), *REWARD_MODELS[name].options()]
-        trained = arms.run(self.directory / f"rm-{name}", options)
-        return f"reward.path={trained / 'stages' / 'rm' / 'reward_model'}"
+    @cached_property
+    def rewards(self) -> dict[str, str]:
+        """By name, the option that names the reward model."""
+        found = {}
+        for name, model in REWARD_MODELS.items():
+            trained = arms.run(self.directory / f"rm-{name}", [*self.given, *model.options()])
+            found[name] = f"reward.path={trained / 'stages' / 'rm' / 'reward_model'}"
+        return found
 
     def arms(self, whole: bool) -> dict[str, Path]:
         """The directory of each arm, run to its end."""
         grid = [(name, coef) for name in REWARD_MODELS for coef in COEFFICIENTS] if whole else CLAIM
-        common = [*self.given(), self.policy(), *PPO]
-        found = {
-            f"PPO, {name} reward model, coefficient {coef:g}": arms.run(
-                self.directory / f"ppo-{name}-{coef:g}", [*common, self.reward(name), f"ppo.kl.coef={coef}"]
-            )
+        asked = {
+            f"PPO, {name} reward model, coefficient {coef:g}": (f"ppo-{name}-{coef:g}", self.rewards[name], coef)
             for name, coef in grid
         }
-        control = [*common, "reward=random", "ppo.kl.coef=0.02"]
-        return {**found, "PPO, random reward": arms.run(self.directory / "random", control)}
+        asked["PPO, random reward"] = (CONTROL, "reward=random", 0.02)
+        return {
+            arm: arms.run(self.directory / place, [*self.given, *PPO, reward, f"ppo.kl.coef={coef}"])
+            for arm, (place, reward, coef) in asked.items()
+        }
+
+    @property
+    def before(self) -> Path:
+        """What the SFT policy said; all arms begin with it."""
+        return self.directory / CONTROL / BEFORE
 
     def best_of_n(self) -> Path:
         """The SFT policy's samples, many of each prompt, with gold and proxy; the one iteration after them is of no
         interest."""
         options = [
-            *self.given(),
-            self.policy(),
-            self.reward("large"),
+            *self.given,
             *PPO,
+            self.rewards["large"],
             "ppo.steps=1",
             f"data.heldout_prompts={BEST_OF_PROMPTS}",
             f"evaluation.samples_per_prompt={BEST_OF}",
         ]
-        return arms.run(self.directory / "best-of-n", options) / "stages" / "before" / "heldout.parquet"
+        return arms.run(self.directory / "best-of-n", options) / BEFORE
 
 
 @dataclass(frozen=True)
@@ -207,11 +206,6 @@ def read_text(heldout: Path, model: Path) -> Text:
         len(set(pairs)) / len(pairs),
         fmean(map(len, ids)),
     )
-
-
-def sft_samples(directory: Path) -> tuple[Path, Path]:
-    """What a seed's policy said before PPO, and the model with its tokenizer."""
-    return directory / "random" / "stages" / "before" / "heldout.parquet", directory / "model"
 
 
 def table_of_text(rows: dict[str, list[Text]]) -> str:
@@ -252,9 +246,14 @@ def fit_best(best: list[Best]) -> gao.Fit:
     return gao.fit("bon", [one.kl**0.5 for one in best], [one.gold - best[0].gold for one in best])
 
 
+def curve(panel: Axes, fit: gao.Fit, start: float, furthest: float) -> None:
+    distance = np.linspace(furthest / 100, furthest, 100)
+    panel.plot(distance, start + fit(distance), color="0.4", linestyle="--", linewidth=1)
+
+
 def draw(found: dict[str, list[arms.Outcome]], best: list[Best], fits: dict[str, gao.Fit], path: Path) -> None:
-    """Gold (line) and proxy (dashed, gain in its own units) over the square root of the KL; a panel for each reward
-    model."""
+    """Gold (line) and proxy (dotted, gain in its own units) over the square root of the KL, with Gao's forms (dashed);
+    a panel for each reward model."""
     figure, panels = plt.subplots(1, len(REWARD_MODELS), figsize=(12, 4.6), sharey=True, constrained_layout=True)
     for panel, name in zip(panels, REWARD_MODELS, strict=True):
         proxy = panel.twinx()
@@ -268,6 +267,10 @@ def draw(found: dict[str, list[arms.Outcome]], best: list[Best], fits: dict[str,
         if name == "large":
             panel.plot([one.kl**0.5 for one in best], [one.gold for one in best], "k.-", label="best of n")
             proxy.plot([one.kl**0.5 for one in best], [one.score - best[0].score for one in best], "k:", alpha=0.6)
+            curve(panel, fits["best-of-n"], best[0].gold, best[-1].kl ** 0.5)
+        unpenalised = f"PPO, {name} reward model, coefficient 0"
+        furthest = max(point.kl for one in found[unpenalised] for point in one.points) ** 0.5
+        curve(panel, fits[unpenalised], fmean(one.before for one in found[unpenalised]), furthest)
         panel.set(title=f"{name} reward model", xlabel="square root of KL (nats)", ylabel="gold score (line)")
         proxy.set_ylabel("gain of the proxy (dotted)")
         panel.legend(loc="lower right")

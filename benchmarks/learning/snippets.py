@@ -11,17 +11,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+import small
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from rlhf_cluster.models.load import save_policy
+from transformers import PreTrainedTokenizerFast
 
 FILES = ("movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt")
 FIRST_WORDS, LEAST_WORDS, VOCABULARY = 6, 10, 2048
-LAYERS, WIDTH, CONTEXT = 4, 128, 128
+CONTEXT = 128
 PAD, EOS = "<|pad|>", "<|end|>"
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def write_data(source: Path, directory: Path) -> None:
@@ -44,7 +41,7 @@ def _snippets(source: Path) -> Iterator[list[str]]:
 
 
 def write_model(source: Path, directory: Path, seed: int) -> None:
-    """A Llama of `LAYERS` x `WIDTH`, not trained at all, and a byte-level BPE of `VOCABULARY` tokens."""
+    """A small Llama, and a byte-level BPE of `VOCABULARY` tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -55,20 +52,5 @@ def write_model(source: Path, directory: Path, seed: int) -> None:
         show_progress=False,
     )
     backend.train_from_iterator((" ".join(words) for words in _snippets(source)), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=PAD)
-    tokenizer.chat_template = TEMPLATE
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(seed)
-    save_policy(config, LlamaForCausalLM(config).state_dict(), tokenizer, directory, torch.float32)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=EOS, eos_token=EOS, pad_token=PAD)
+    small.write_model(tokenizer, directory, CONTEXT, seed)

@@ -9,15 +9,12 @@ import json
 import random
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import small
 
-from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.tiny import byte_tokenizer
 
 BELOW = 100
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-LAYERS, WIDTH, CONTEXT = 4, 128, 32
+CONTEXT = 32
 
 
 def write_data(directory: Path, seed: int, demonstrations: int, wrong: float) -> None:
@@ -46,21 +43,5 @@ def _misprint(answer: str, rng: random.Random) -> str:
 
 
 def write_model(directory: Path, seed: int) -> None:
-    """A Llama of `LAYERS` x `WIDTH` over bytes, not trained at all."""
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(seed)
-    save_policy(config, LlamaForCausalLM(config).state_dict(), tokenizer, directory, torch.float32)
+    """A small Llama over bytes."""
+    small.write_model(byte_tokenizer(), directory, positions=64, seed=seed)

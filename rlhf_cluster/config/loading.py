@@ -108,7 +108,7 @@ def _with_choices_named(tree: DictConfig, overrides: Sequence[Override]) -> Dict
         package = PACKAGE_HEADER.search(path.read_text())
         OmegaConf.update(tree, package[1] if package else choice.key_or_group, OmegaConf.load(path), merge=True)
     for override in overrides:
-        if override not in choices and override.key_or_group not in groups:
+        if override.key_or_group not in groups:
             OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)
     return tree
 

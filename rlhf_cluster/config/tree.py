@@ -102,6 +102,11 @@ class SFTConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     resources: Resources = field(default_factory=Resources)
 
+    @property
+    def texts_per_step(self) -> int:
+        """Blocks of text beside a step's `batch_size` sequences of demonstrations."""
+        return round(self.batch_size * self.pretraining_share / (1 - self.pretraining_share))
+
 
 @dataclass
 class RankingConfig:

@@ -230,9 +230,8 @@ def _validate_sft(cfg: RunConfig) -> None:
         not share or bool(cfg.data.pretraining),
         f"sft.pretraining_share={share}, but data.pretraining is empty; name a file of text",
     )
-    texts = round(cfg.sft.batch_size * share / (1 - share))
     _require(
-        not share or texts > 0,
+        not share or cfg.sft.texts_per_step > 0,
         f"sft.pretraining_share={share} of a step of {cfg.sft.batch_size} sequences is less than one; raise it or "
         "sft.batch_size",
     )

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rlhf_cluster.ranking import Judge
 from rlhf_cluster.records import Members, ReferencedRollouts, Rollouts, ScoredRollouts, join
 from rlhf_cluster.rooms import Rooms
 from rlhf_cluster.telemetry.comparison import Comparison, Gold, Sample, compare
-
-Judge = Callable[[Rollouts], Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)

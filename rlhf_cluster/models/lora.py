@@ -36,7 +36,7 @@ class Adapters:
         linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         self._layers = sorted(name for name in linear if linear[name] is not model.get_output_embeddings())
         if cfg.rank:
-            inject_adapter_in_model(self._peft(self._layers), model)
+            inject_adapter_in_model(self._peft(), model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.endswith((A, B)))
 
@@ -63,7 +63,7 @@ class Adapters:
 
     def description(self) -> str:
         """What `peft` keeps beside the adapters: JSON, the text of `adapter_config.json`."""
-        config = self._peft(self._layers).to_dict() | {"inference_mode": True, "target_modules": self._layers}
+        config = self._peft().to_dict() | {"inference_mode": True, "target_modules": self._layers}
         return json.dumps(config, indent=2, sort_keys=True)
 
     def save(self, weights: Mapping[str, Tensor], directory: Path) -> None:
@@ -75,11 +75,11 @@ class Adapters:
         save_file(named, directory / "adapter_model.safetensors")
         (directory / "adapter_config.json").write_text(self.description())
 
-    def _peft(self, layers: list[str]) -> LoraConfig:
+    def _peft(self) -> LoraConfig:
         return LoraConfig(
             r=self.cfg.rank,
             lora_alpha=self.cfg.alpha,
             lora_dropout=0.0,
-            target_modules=layers,
+            target_modules=self._layers,
             fan_in_fan_out=self._transposed,
         )
