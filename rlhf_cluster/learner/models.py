@@ -45,7 +45,8 @@ class Published:
 class ActorCritic:
     """Policy and critic, a DeepSpeed engine each, in one process.
 
-    The critic starts as the reward model (InstructGPT section 3.5); without one, as the policy's body under a new head.
+    The critic starts as the reward model (InstructGPT section 3.5); without one, as the policy's body under a head of
+    zeros.
     `entropy_gradient`: the entropies of the policy's forward are to be trained on. `critic`: advantages need one.
     `ema_decay`: of the policy's average; 0: none is kept.
     """
@@ -56,7 +57,6 @@ class ActorCritic:
         critic_path: Path | None,
         cfg: LearnerConfig,
         model: ModelConfig,
-        seed: int,
         ranks: Ranks,
         entropy_gradient: bool = False,
         critic: bool = True,
@@ -76,7 +76,7 @@ class ActorCritic:
         self.critic: Critic | NoCritic = NoCritic()
         if critic:
             if critic_path is None:
-                value = ScalarHeadModel.from_policy(policy_path, None, attention, seed)
+                value = ScalarHeadModel.from_policy(policy_path, None, attention, seed=None)
             else:
                 value = ScalarHeadModel.from_directory(critic_path, None, attention)
             adapters = Adapters(value.body, cfg.lora)

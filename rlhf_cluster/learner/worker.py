@@ -69,7 +69,6 @@ class LearnerWorker:
             critic_path,
             self._cfg,
             self._model,
-            self._seed,
             self._ranks,
             self._ppo.entropy_coef > 0,
             self._ppo.advantage.needs_critic,

@@ -351,19 +351,21 @@ def test_values_start_as_the_reward_models_scores(tiny: Path, reward_model: Path
     """The value before one more token is the reward model's score of what stands there, EOS included."""
     batch = rows()
     scores = RewardWorker(RewardConfig(), ScorerInputs(str(reward_model), "", "float32", "eager", 0)).score(batch).score
-    models = ActorCritic(tiny, reward_model, LearnerConfig(), MODEL, 0, one_rank)
+    models = ActorCritic(tiny, reward_model, LearnerConfig(), MODEL, one_rank)
     longer = [np.append(response, 0).astype(np.int32) for response in batch.response_ids]
     values = models.evaluate(batch.prompt_ids, longer, 1.0).values
     assert [own[-1] for own in values] == pytest.approx(scores.tolist(), abs=1e-5)
     assert np.std(scores) > 0.05
 
 
-def test_without_a_reward_model_the_critic_has_a_new_head_on_the_policy(tiny: Path, one_rank: Ranks) -> None:
-    models = ActorCritic(tiny, None, LearnerConfig(), MODEL, 3, one_rank)
+def test_without_a_reward_model_the_critic_is_the_policys_body_and_says_0(tiny: Path, one_rank: Ranks) -> None:
+    """Values that nothing has taught would be advantages, and push the policy one way whatever the rewards are."""
+    models = ActorCritic(tiny, None, LearnerConfig(), MODEL, one_rank)
     policy = {name.removeprefix("model.model."): t for name, t in models.policy.full_parameters()}
     critic = {name.removeprefix("body."): t for name, t in models.engines["critic"].full_parameters()}
     assert torch.equal(critic["layers.0.mlp.up_proj.weight"], policy["layers.0.mlp.up_proj.weight"])
-    assert float(critic["score.bias"]) == 0.0
+    batch = rows()
+    assert not np.concatenate(models.evaluate(batch.prompt_ids, batch.response_ids, 1.0).values).any()
 
 
 def test_bfloat16_rounds_weights_and_not_the_rotary_frequencies(
@@ -371,7 +373,7 @@ def test_bfloat16_rounds_weights_and_not_the_rotary_frequencies(
 ) -> None:
     """As vLLM, the reference and the scorers have them: `from_pretrained(dtype=...)` leaves buffers alone."""
     model = ModelConfig(source="tiny", dtype="bfloat16", attention="eager")
-    models = ActorCritic(tiny, reward_model, LearnerConfig(), model, 0, one_rank)
+    models = ActorCritic(tiny, reward_model, LearnerConfig(), model, one_rank)
     plain = load_policy(tiny, torch.bfloat16, "eager")
     frequencies = dict(plain.named_buffers())["model.rotary_emb.inv_freq"]
     assert frequencies.dtype == torch.float32
