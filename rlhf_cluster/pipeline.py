@@ -109,6 +109,9 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                     directory.write_environment(describe_environment())
                     for stage in cfg.stages:
                         STAGES[stage](whole)
+            except* ppo.GuardrailError:
+                progress.note(f"report: {write_report(path)}")  # it says what led to this
+                raise
             finally:
                 directory.sweep()
             if whole.timeline.spans:  # none where PPO was finished before, or is no stage of this run

@@ -268,7 +268,7 @@ def write_down(
             **seconds,
             "rollout/filtered": float(len(batch.others.get(FILTERED, ()))),
             "fault/dropped": float(len(batch.others.get(DROPPED, ()))),
-            **{f"guard/{alarm.name}": 1.0 for alarm in alarms},
+            **{f"guard/{alarm.name}": alarm.value for alarm in alarms},
             "actor/kl_coef": controls.kl_coef,
             "sync/version": stats.weight_version,
             "perf/total_num_tokens": tokens,

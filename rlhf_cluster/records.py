@@ -207,7 +207,8 @@ class Rollouts(Members):
 @dataclass(frozen=True, eq=False)
 class Scores(Record):
     """What the reward says of a response: one scalar, or why there is none (`failure`, empty where there is; the score
-    is then 0). Further float columns: the parts of it, `reward/<name>`, and the seconds of each, `reward_s/<name>`."""
+    is then 0). Further columns of each part of it: the scalar `reward/<name>`, the seconds `reward_s/<name>`, and why
+    there is none, `reward_failure/<name>`, which need not be the sample's failure."""
 
     sample_id = Column(pa.string())
     score = Column(pa.float32())

@@ -33,6 +33,7 @@ class Alarm:
     name: str
     action: str
     sentence: str
+    value: float
 
 
 def gravest(alarms: Sequence[Alarm]) -> str:
@@ -85,12 +86,14 @@ class Guardrails:
     def _above(self, name: str, value: float, words: str) -> Alarm | None:
         rail = self._rails.get(name, Rail())
         passed = rail.limit > 0 and not value <= rail.limit  # a NaN has passed every limit
-        return Alarm(name, rail.action, f"{_number(value)} {words}; the limit is {rail.limit:g}") if passed else None
+        said = f"{_number(value)} {words}; the limit is {rail.limit:g}"
+        return Alarm(name, rail.action, said, value) if passed else None
 
     def _below(self, name: str, value: float, words: str) -> Alarm | None:
         rail = self._rails.get(name, Rail())
         passed = rail.limit > 0 and not value >= rail.limit
-        return Alarm(name, rail.action, f"{_number(value)} {words}; the least is {rail.limit:g}") if passed else None
+        said = f"{_number(value)} {words}; the least is {rail.limit:g}"
+        return Alarm(name, rail.action, said, value) if passed else None
 
 
 def _number(value: float) -> str:

@@ -17,6 +17,8 @@ from rlhf_cluster.cluster.waits import Call, WorkerDied, WorkerError, answer, an
 from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot
 
+CALLS_AHEAD = 2  # of a worker of a pool: the one that it is at, and one that it finds when that is done
+
 
 @dataclass(frozen=True)
 class Lease:
@@ -109,20 +111,24 @@ class GenerationPool:
 
 
 class Pool:
-    """Workers that are all alike: each call goes to the one with the fewest rows outstanding."""
+    """Workers that are all alike. Each call goes to the one with the fewest rows outstanding; where all have
+    `CALLS_AHEAD` calls it waits here, and its deadline has not begun."""
 
     def __init__(self, hosts: Sequence[Host], deadline_s: float) -> None:
         self._hosts, self._deadline_s = hosts, deadline_s
-        self._outstanding = {host.name: 0 for host in hosts}
+        self._outstanding: dict[str, list[int]] = {host.name: [] for host in hosts}  # rows of each call
+        self._free = asyncio.Semaphore(CALLS_AHEAD * len(hosts))
 
     async def call(self, verb: str, rollouts: Rollouts) -> Any:
-        host = min(self._hosts, key=lambda host: self._outstanding[host.name])
-        self._outstanding[host.name] += len(rollouts)
-        try:
-            reference = getattr(host.actor, verb).remote(rollouts)
-            return await answer(reference, Call(host.name, verb, host.log), self._deadline_s)
-        finally:
-            self._outstanding[host.name] -= len(rollouts)
+        async with self._free:
+            free = [host for host in self._hosts if len(self._outstanding[host.name]) < CALLS_AHEAD]
+            host = min(free, key=lambda host: sum(self._outstanding[host.name]))
+            self._outstanding[host.name].append(len(rollouts))
+            try:
+                reference = getattr(host.actor, verb).remote(rollouts)
+                return await answer(reference, Call(host.name, verb, host.log), self._deadline_s)
+            finally:
+                self._outstanding[host.name].remove(len(rollouts))
 
 
 class RewardPool(Pool):

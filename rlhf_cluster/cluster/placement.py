@@ -20,7 +20,7 @@ from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, Reference
 from rlhf_cluster.cluster.generation_host import GenerationHost
 from rlhf_cluster.cluster.hosts import Host, reserved, set_apart, spawn
 from rlhf_cluster.cluster.waits import Call, answer
-from rlhf_cluster.config import Resources, RunConfig
+from rlhf_cluster.config import Resources, RunConfig, reward_budget_s
 from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.records import Pretraining
 from rlhf_cluster.reference.worker import ReferenceWorker
@@ -100,7 +100,8 @@ class Starter:
     def start_reward(self, policy: Path, reward_model: Path | None) -> list[Host]:
         """`policy`: whose tokens are read; `reward_model`: stage 2's, where there is one."""
         cfg = self.cfg
-        inputs = ScorerInputs(str(reward_model), str(policy), cfg.model.dtype, cfg.model.attention, cfg.seed)
+        model, budget = cfg.model, reward_budget_s(cfg)
+        inputs = ScorerInputs(str(reward_model), str(policy), model.dtype, model.attention, cfg.seed, budget)
         return self.start(RewardWorker, "reward", cfg.reward.resources, (cfg.reward, inputs))
 
     async def start_learner(self, inputs: PPOInputs) -> tuple[list[Host], WeightChannel]:

@@ -36,6 +36,7 @@ from rlhf_cluster.config.tree import (
     SFTConfig,
     WeightsConfig,
     part_names,
+    reward_budget_s,
     roles,
 )
 from rlhf_cluster.config.validation import validate
@@ -76,6 +77,7 @@ __all__ = [
     "load",
     "load_file",
     "part_names",
+    "reward_budget_s",
     "roles",
     "to_yaml",
     "validate",

@@ -430,6 +430,14 @@ def part_names(cfg: RewardConfig) -> dict[str, RewardPart]:
     return named
 
 
+def reward_budget_s(cfg: RunConfig) -> float:
+    """Seconds that a part of the score has for what it asks somebody else about rows that come at once. All parts, one
+    after the other, fit four times into the driver's patience: a process may start anew for as long again, and a call
+    may find another before it."""
+    asked = sum(part.kind not in COMPUTED_REWARDS for part in cfg.reward.parts)
+    return cfg.cluster.call_timeout_s / 4 / max(asked, 1)
+
+
 def roles(cfg: RunConfig) -> dict[str, Resources]:
     """The roles of a run that are processes of their own, by name."""
     return {

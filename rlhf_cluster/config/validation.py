@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rlhf_cluster.config.tree import (
     ADVANTAGES,
+    COMPUTED_REWARDS,
     RAIL_ACTIONS,
     REWARD_KINDS,
     STAGES,
@@ -15,6 +16,7 @@ from rlhf_cluster.config.tree import (
     RunConfig,
     leaves,
     optimizers,
+    reward_budget_s,
     roles,
 )
 
@@ -376,6 +378,13 @@ def _validate_reward(cfg: RunConfig) -> None:
             )
     for name, number in (("deadline_s", reward.deadline_s), ("breaker_s", reward.breaker_s)):
         _require(number > 0, f"reward.{name}={number}: it must be above 0")
+    budget = reward_budget_s(cfg)
+    _require(
+        reward.deadline_s <= budget or all(part.kind in COMPUTED_REWARDS for part in reward.parts),
+        f"reward.deadline_s={reward.deadline_s:g}: a part has {budget:g} s for all samples that come at once "
+        f"(cluster.call_timeout_s={cfg.cluster.call_timeout_s:g}, a quarter of it shared among the parts); take less, "
+        "or raise cluster.call_timeout_s",
+    )
     for name in ("batch_size", "concurrency", "breaker_failures"):
         _require(getattr(reward, name) >= 1, f"reward.{name}={getattr(reward, name)}: it must be at least 1")
     for name in ("retries", "backoff_s"):

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_cluster.scoring.function_process import READY, SCORES, FunctionSpec
 from rlhf_cluster.scoring.samples import Answer, CallFailed, Sample
 
-START_S = 120.0  # to import what the function's module imports
+START_S = 120.0  # at most, to import what the function's module imports
 
 
 class FunctionLoadError(ValueError):
@@ -24,8 +24,8 @@ class FunctionLoadError(ValueError):
 class FunctionCall:
     """Calls the function with a deadline. The process starts with the first call, or with `start`."""
 
-    def __init__(self, spec: FunctionSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: FunctionSpec, start_s: float = START_S) -> None:
+        self._spec, self._start_s = spec, start_s
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Connection | None = None
         self._finalizer: Callable[[], object] = lambda: None
@@ -44,7 +44,7 @@ class FunctionCall:
         self._channel = Connection(ours.detach())
         self._finalizer = weakref.finalize(self, _end, self._process, self._channel)
         try:
-            what, value = self._ask(self._spec, START_S)
+            what, value = self._ask(self._spec, self._start_s)
         except CallFailed as error:
             raise FunctionLoadError(str(error)) from error
         if what != READY:

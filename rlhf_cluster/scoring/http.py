@@ -8,14 +8,13 @@ Where a token is configured it goes as `Authorization: Bearer`, read from the en
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import requests
-import urllib3
+import aiohttp
 
 from rlhf_cluster.scoring.samples import Answer, CallFailed, Sample
 
@@ -24,46 +23,40 @@ LARGEST_ANSWER = 1 << 24  # bytes
 
 
 class HttpCall:
-    """One request for each call; connections are kept."""
+    """One request for each call. No proxy, no .netrc, no redirect: what is asked goes to the server that was named."""
 
     def __init__(self, url: str, token: str) -> None:
         self._url = url
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy, no .netrc: what is asked goes to the server that was named
-        if token:
-            self._session.headers["Authorization"] = f"Bearer {token}"
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def __call__(self, samples: Sequence[Sample], deadline_s: float) -> Sequence[Answer]:
-        body = json.dumps({"samples": [dataclasses.asdict(sample) for sample in samples]}, default=str)
+        asked = {"samples": [dataclasses.asdict(sample) for sample in samples]}
         try:
-            answer = json.loads(self._post(body, deadline_s))
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            answer = json.loads(asyncio.run(self._post(json.dumps(asked, default=str), deadline_s)))
+        except TimeoutError as error:
+            raise CallFailed(f"{self._url} gave no whole answer within {deadline_s:g} s") from error
+        except aiohttp.ClientError as error:
             raise CallFailed(f"{self._url}: {type(error).__name__}") from error
         except (ValueError, RecursionError) as error:
             raise CallFailed(f"{self._url} answered what is not JSON") from error
         return _scores(answer, self._url)
 
-    def _post(self, body: str, deadline_s: float) -> bytes:
-        """The body of the answer. `requests` bounds each read; here the whole of them is."""
-        end = time.monotonic() + deadline_s
-        with self._session.post(
-            self._url,
-            data=body.encode(),
-            headers={"Content-Type": "application/json"},
-            timeout=(min(CONNECT_S, deadline_s), deadline_s),
-            allow_redirects=False,
-            stream=True,
-        ) as response:
-            if response.status_code != requests.codes.ok:
-                raise CallFailed(f"{self._url} answered {response.status_code} {response.reason}")
-            read = b""
-            while chunk := response.raw.read1(1 << 16, decode_content=True):  # what is there, however little
+    async def _post(self, body: str, deadline_s: float) -> bytes:
+        """The body of the answer. The deadline is of everything: connection, header and body, however slow each."""
+        timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
+        headers = self._headers | {"Content-Type": "application/json"}
+        async with (
+            aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
+            session.post(self._url, data=body.encode(), headers=headers, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise CallFailed(f"{self._url} answered {response.status} {response.reason}")
+            read = bytearray()
+            async for chunk in response.content.iter_any():
                 read += chunk
-                if time.monotonic() > end:
-                    raise CallFailed(f"{self._url} gave no whole answer within {deadline_s:g} s")
                 if len(read) > LARGEST_ANSWER:
                     raise CallFailed(f"{self._url} answered more than {LARGEST_ANSWER} bytes")
-            return read
+            return bytes(read)
 
 
 def _scores(answer: Any, url: str) -> list[Answer]:

@@ -1,6 +1,7 @@
 """What is done about a reward that may hang, fail or talk nonsense: deadlines, retries with backoff, a circuit breaker.
 
-It costs the samples that it fails, and never more: where a call for many fails, each of them is asked alone.
+It costs samples, never the run: where a call for many fails, each of them is asked alone, and what comes at once has a
+budget, beyond which the rest go unasked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 
 from rlhf_cluster.scoring.samples import Answer, Call, CallFailed, Sample, Verdicts
@@ -26,6 +28,7 @@ class Patience:
     breaker_s: float  # that while
     batch_size: int  # samples of a call
     concurrency: int  # calls at once
+    budget_s: float  # for all samples that come at once
 
 
 @dataclass
@@ -55,6 +58,20 @@ class Breaker:
             return f"not asked: {self._in_a_row} samples in a row failed, the last: {self._last}"
 
 
+class Budget:
+    """The time for all samples that came at once. It is smaller than what the driver waits for an answer."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._seconds, self._clock, self._end = seconds, clock, clock() + seconds
+
+    def left(self) -> float:
+        return max(0.0, self._end - self._clock())
+
+    def refusal(self) -> str:
+        """Why nothing may be asked now; empty where it may."""
+        return "" if self.left() else f"not asked: the {self._seconds:g} s for the samples that came with it are over"
+
+
 class Patient:
     """Asks `call` about samples, a batch at a time, and answers for every one of them."""
 
@@ -72,43 +89,47 @@ class Patient:
     def __call__(self, samples: Sequence[Sample]) -> Verdicts:
         size = self._patience.batch_size
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        budget = Budget(self._patience.budget_s, self._clock)
         # One call at a time stays in this thread: a child process that it starts belongs to it.
         run = self._threads.map if self._patience.concurrency > 1 else map
-        parts = list(run(self._batch, batches))
+        parts = list(run(partial(self._batch, budget=budget), batches))
         return Verdicts(
             [score for part in parts for score in part.scores],
             [failure for part in parts for failure in part.failures],
             [seconds for part in parts for seconds in part.seconds],
         )
 
-    def _batch(self, samples: Sequence[Sample]) -> Verdicts:
-        if refusal := self._breaker.refusal():
+    def _batch(self, samples: Sequence[Sample], budget: Budget) -> Verdicts:
+        if refusal := budget.refusal() or self._breaker.refusal():
             return Verdicts([0.0] * len(samples), [refusal] * len(samples), [0.0] * len(samples))
         began = self._clock()
         try:
-            answers = _checked(self._call(samples, self._patience.deadline_s * len(samples)), len(samples))
+            answers = _checked(self._call(samples, self._deadline_s(len(samples), budget)), len(samples))
         except CallFailed:
             answers = [math.nan] * len(samples)
         each = (self._clock() - began) / len(samples)
-        return _verdicts([self._settled(s, a, each) for s, a in zip(samples, answers, strict=True)])
+        return _verdicts([self._settled(s, a, each, budget) for s, a in zip(samples, answers, strict=True)])
 
-    def _settled(self, sample: Sample, answer: float, seconds: float) -> tuple[float, str, float]:
+    def _settled(self, sample: Sample, answer: float, seconds: float, budget: Budget) -> tuple[float, str, float]:
         """(score, failure, seconds) of one sample, which is asked alone where its batch gave nothing usable."""
         began, failure = self._clock(), ""
         for attempt in range(self._patience.retries + 1):
             if math.isfinite(answer):
                 break
-            if failure := self._breaker.refusal():
-                return 0.0, failure, seconds
             if attempt:
-                self._sleep(self._patience.backoff_s * 2 ** (attempt - 1))
-            answer, failure = self._alone(sample)
+                self._sleep(min(self._patience.backoff_s * 2 ** (attempt - 1), budget.left()))
+            if refusal := budget.refusal() or self._breaker.refusal():
+                return 0.0, failure or refusal, seconds + self._clock() - began
+            answer, failure = self._alone(sample, budget)
         self._breaker.tell(failure)
         return (0.0 if failure else answer), failure, seconds + self._clock() - began
 
-    def _alone(self, sample: Sample) -> tuple[float, str]:
+    def _deadline_s(self, count: int, budget: Budget) -> float:
+        return min(self._patience.deadline_s * count, budget.left())
+
+    def _alone(self, sample: Sample, budget: Budget) -> tuple[float, str]:
         try:
-            (answer,) = _checked(self._call([sample], self._patience.deadline_s), 1)
+            (answer,) = _checked(self._call([sample], self._deadline_s(1, budget)), 1)
         except CallFailed as error:
             return math.nan, str(error)
         return answer, "" if math.isfinite(answer) else f"it gave {answer}"

@@ -19,7 +19,7 @@ from rlhf_cluster.models.load import compute_device, resolve_attention, resolve_
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Rollouts, Scores
-from rlhf_cluster.scoring.function import FunctionCall
+from rlhf_cluster.scoring.function import START_S, FunctionCall
 from rlhf_cluster.scoring.function_process import FunctionSpec
 from rlhf_cluster.scoring.http import HttpCall
 from rlhf_cluster.scoring.patience import Patience, Patient
@@ -109,13 +109,15 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True)
 class ScorerInputs:
-    """What scorers are made from besides their config. `model`: stage 2's reward model, or none."""
+    """What scorers are made from besides their config. `model`: stage 2's reward model, or none. `budget_s`: for
+    what a part asks somebody else about rows that come at once."""
 
     model: str
     tokenizer: str
     dtype: str
     attention: str
     seed: int
+    budget_s: float
 
 
 class RewardWorker:
@@ -139,13 +141,18 @@ class RewardWorker:
             verdicts = part.scorer(rollouts, samples)
             with np.errstate(over="ignore"):
                 scores = np.array(verdicts.scores, np.float32)
-            for row, told in enumerate(verdicts.failures):
-                if failure := told or ("" if np.isfinite(scores[row]) else "it gave a score too large for float32"):
+            told = [
+                failure or ("" if np.isfinite(score) else "it gave a score too large for float32")
+                for failure, score in zip(verdicts.failures, scores, strict=True)
+            ]
+            for row, failure in enumerate(told):
+                if failure:
                     scores[row] = self._cfg.neutral_score
                     failures[row] = failures[row] or self._outcome(part, rollouts.sample_id[row], failure)
             total += part.weight * scores
             columns[f"reward/{part.name}"] = scores
             columns[f"reward_s/{part.name}"] = np.array(verdicts.seconds, np.float32)
+            columns[f"reward_failure/{part.name}"] = told
         total[[bool(failure) for failure in failures]] = 0.0
         own = {"sample_id": rollouts.sample_id, "score": total.astype(np.float32), "failure": failures}
         return Scores.of(own | columns)
@@ -187,15 +194,17 @@ def make_scorer(part: RewardPart, cfg: RewardConfig, inputs: ScorerInputs) -> Sc
         return OfRollouts(of_tokens[part.kind])
     if part.kind == "http":
         token = os.environ[cfg.token_env] if cfg.token_env else ""
-        return OfText(Patient(HttpCall(part.path, token), _patience(cfg, cfg.concurrency)))
-    return OfText(Patient(FunctionCall(function_spec(part)), _patience(cfg, 1)))
+        return OfText(Patient(HttpCall(part.path, token), _patience(cfg, cfg.concurrency, inputs.budget_s)))
+    start_s = min(START_S, inputs.budget_s)
+    return OfText(Patient(FunctionCall(function_spec(part), start_s), _patience(cfg, 1, inputs.budget_s)))
 
 
 def function_spec(part: RewardPart) -> FunctionSpec:
     return FunctionSpec(part.kind, part.path, part.column, part.pattern, part.schema)
 
 
-def _patience(cfg: RewardConfig, concurrency: int) -> Patience:
+def _patience(cfg: RewardConfig, concurrency: int, budget_s: float) -> Patience:
+
     return Patience(
         cfg.deadline_s,
         cfg.retries,
@@ -204,4 +213,5 @@ def _patience(cfg: RewardConfig, concurrency: int) -> Patience:
         cfg.breaker_s,
         cfg.batch_size,
         concurrency,
+        budget_s,
     )

@@ -32,15 +32,17 @@ class RolloutLog:
             pq.write_table(table, temp, compression="zstd")
         return final
 
-    def read(self, step: int) -> pa.Table:
-        """The rollouts of `step`, columns typed as written. Raises StorageError when there are none, or not whole."""
+    def read(self, step: int, prefixes: tuple[str, ...] = ("",)) -> pa.Table:
+        """The rollouts of `step`, columns typed as written; of them those that begin with one of `prefixes`. Raises
+        StorageError when there are none, or not whole."""
         path = self._path(step)
         if not path.exists():
             steps = self.steps()
             held = f"steps {steps[0]} to {steps[-1]} ({len(steps)} files)" if steps else "no step"
             raise StorageError(f"{path} does not exist; the log holds {held}")
         try:
-            return pq.read_table(path)
+            wanted = [name for name in pq.read_schema(path).names if name.startswith(prefixes)]
+            return pq.read_table(path, columns=wanted)
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"{path} is not a whole Parquet file ({error}); remove it") from error
 

@@ -1,8 +1,9 @@
 """`report.html`: one self-contained page that says what a run did, for someone who was not there.
 
 Takes a run's directory (`metrics.jsonl`; where present `comparison.json`, `samples.jsonl`, `rm_calibration.json`,
-`config/resolved.yaml`), gives the page. No network, no scripts: a content security policy in the page forbids both.
-All text goes through Jinja's escaping, since responses are untrusted. What a run did not log is said to be missing.
+`config/resolved.yaml`, `rollouts/`), gives the page. No network, no scripts: a content security policy in the page
+forbids both. All text goes through Jinja's escaping, since responses are untrusted. What a run did not log is said to
+be missing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from yaml import safe_load
 
-from rlhf_cluster.telemetry import calibration
+from rlhf_cluster.storage.durable import replace_text
+from rlhf_cluster.telemetry import calibration, incidents
 from rlhf_cluster.telemetry.chart import COLOURS, Series, line_chart, stacked_chart
 from rlhf_cluster.telemetry.comparison import Comparison, Sample, printable, read_samples
 from rlhf_cluster.telemetry.metrics import FILE as METRICS_FILE
@@ -87,18 +90,20 @@ def write_report(run_dir: Path) -> Path:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["printable"] = printable
+    environment.filters["steps"] = incidents.steps_text
+    environment.filters["range"] = incidents.range_text
     page = environment.get_template("report.html.j2").render(_contents(run_dir))
     target = run_dir / REPORT_FILE
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    replace_text(target, page, "the report")
     return target
 
 
 def _contents(run_dir: Path) -> dict[str, Any]:
     records = read_metrics(run_dir / METRICS_FILE)
     samples = _samples(run_dir / SAMPLES_FILE)
-    config = run_dir / "config" / "resolved.yaml"
+    config_file = run_dir / "config" / "resolved.yaml"
+    config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    rails = (safe_load(config) or {}).get("ppo", {}).get("guardrails", {})
     return {
         "name": run_dir.resolve().name,
         "comparison": _comparison(run_dir / COMPARISON_FILE),
@@ -107,7 +112,8 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "stages": summaries(records),
         "reward_model": _last(records, "rm/"),
         "calibration": _calibration(run_dir),
-        "config": config.read_text(encoding="utf-8") if config.exists() else "",
+        "incidents": incidents.incidents(records, run_dir / "rollouts", rails),
+        "config": config,
         "colours": COLOURS,
         "duration": clock_text(records[-1].seconds) if records else "",
         "nulls": _nulls(records),

@@ -245,6 +245,8 @@ def test_no_critic_no_reward_model_and_a_reward_that_fails(user: User, tmp_path:
         assert sorted(states) == ["dropped"] * (8 if step == 1 else 0) + ["trained"] * 8
         assert not any(name.startswith("critic/v") for name in trained[1])
         assert {"reward/function", "reward/length", "actor/kl_loss"} <= trained[1].keys()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Guardrails and rewards" in report and "it raised ValueError: not this one" in report
     checkpoint = Checkpoints(tmp_path / "run" / "checkpoints").latest()
     assert checkpoint is not None
     assert {path.name for path in checkpoint.path.iterdir() if path.is_dir()} == {"policy", "ema", "adapter", "state"}
@@ -252,6 +254,22 @@ def test_no_critic_no_reward_model_and_a_reward_that_fails(user: User, tmp_path:
     assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     answered = user.talks("chat", str(tmp_path / "run"), "--max-tokens", "4", lines="Hello.\n")
     assert answered.code == 0, answered.err
+    require_clean(user, tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_run_that_a_guardrail_stops_says_why_and_reports(
+    smoke: tuple[Path, Ended], user: User, tmp_path: Path
+) -> None:
+    paths = (f"policy_path={smoke[0] / 'stages' / 'sft' / 'policy'}", "reward=random")
+    rail = "ppo.guardrails.entropy={limit: 99, action: stop}"
+    ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", "stages=[ppo]", *paths, rail)
+    assert ended.code == 1
+    assert re.match(r"error: iteration 1 was stopped by ppo\.guardrails \(entropy: [\d.]+ nats per token", ended.err)
+    assert ended.err.count("\n") == 1
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert re.search(r"<td>entropy</td><td>stop</td><td>[\d.]+</td><td>1</td>", report)
+    assert not (tmp_path / "run" / "comparison.json").exists()
     require_clean(user, tmp_path / "run")
 
 

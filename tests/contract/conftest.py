@@ -88,14 +88,16 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def random_reward() -> RewardModel:
-    return OneReward(RewardWorker(RewardConfig([RewardPart("random")]), ScorerInputs("", "", "float32", "eager", 0)))
+    return OneReward(
+        RewardWorker(RewardConfig([RewardPart("random")]), ScorerInputs("", "", "float32", "eager", 0, 60.0))
+    )
 
 
 @pytest.fixture(scope="session")
 def real_reward(reward_model: Path) -> RewardModel:
     return OneReward(
         RewardWorker(
-            RewardConfig(tokens_per_micro_batch=40), ScorerInputs(str(reward_model), "", "float32", "eager", 0)
+            RewardConfig(tokens_per_micro_batch=40), ScorerInputs(str(reward_model), "", "float32", "eager", 0, 60.0)
         )
     )
 

@@ -85,10 +85,11 @@ def test_what_the_update_says_of_itself() -> None:
 
 
 def test_what_is_not_a_number_has_passed_every_limit() -> None:
-    assert named(Guardrails({"clipfrac": Rail(0.3)}).after({"actor/pg_clipfrac": math.nan}))["clipfrac"][1][:3] == "nan"
+    (alarm,) = Guardrails({"clipfrac": Rail(0.3)}).after({"actor/pg_clipfrac": math.nan})
+    assert alarm.sentence[:3] == "nan" and math.isnan(alarm.value)
 
 
 def test_the_gravest_action_is_due() -> None:
-    alarms = [Alarm("a", "skip", ""), Alarm("b", "rollback", ""), Alarm("c", "warn", "")]
+    alarms = [Alarm("a", "skip", "", 1.0), Alarm("b", "rollback", "", 1.0), Alarm("c", "warn", "", 1.0)]
     assert gravest(alarms) == "rollback" and gravest([]) == ""
     assert ACTIONS == ("warn", "skip", "rollback", "stop")

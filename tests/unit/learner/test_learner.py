@@ -350,7 +350,11 @@ def test_published_weights_are_the_policys(start: Start, tmp_path: Path) -> None
 def test_values_start_as_the_reward_models_scores(tiny: Path, reward_model: Path, one_rank: Ranks) -> None:
     """The value before one more token is the reward model's score of what stands there, EOS included."""
     batch = rows()
-    scores = RewardWorker(RewardConfig(), ScorerInputs(str(reward_model), "", "float32", "eager", 0)).score(batch).score
+    scores = (
+        RewardWorker(RewardConfig(), ScorerInputs(str(reward_model), "", "float32", "eager", 0, 60.0))
+        .score(batch)
+        .score
+    )
     models = ActorCritic(tiny, reward_model, LearnerConfig(), MODEL, one_rank)
     longer = [np.append(response, 0).astype(np.int32) for response in batch.response_ids]
     values = models.evaluate(batch.prompt_ids, longer, 1.0).values

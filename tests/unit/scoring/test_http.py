@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.scoring.http import HttpCall
+from rlhf_cluster.scoring.http import LARGEST_ANSWER, HttpCall
 from rlhf_cluster.scoring.samples import CallFailed, Sample
 
 SAMPLES = [Sample("0/p/0", "2+2=", "4", True, {"answer": "4"}), Sample("0/q/0", "3+3=", "é", False)]
@@ -105,7 +107,33 @@ def test_what_is_no_answer_is_said(server: Server, answer: tuple[int, bytes, flo
 
 def test_a_server_that_is_silent_or_not_there_is_said(server: Server) -> None:
     server.answer = lambda asked: (200, b"", time.sleep(1.0) or 0.0)
-    with pytest.raises(CallFailed, match="Timeout"):
+    with pytest.raises(CallFailed, match=r"gave no whole answer within 0\.3 s"):
         HttpCall(server.url, "")(SAMPLES, 0.3)
-    with pytest.raises(CallFailed, match="ConnectionError"):
+    with pytest.raises(CallFailed, match="ClientConnectorError"):
         HttpCall("http://127.0.0.1:1/score", "")(SAMPLES, 0.3)
+
+
+def test_a_header_that_drips_is_bounded_too() -> None:
+    """Each byte is in time; the whole never comes."""
+    stopped = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                while not stopped.wait(0.05):
+                    connection.sendall(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        with pytest.raises(CallFailed, match=r"gave no whole answer within 0\.4 s"):
+            HttpCall(f"http://127.0.0.1:{listening.getsockname()[1]}/score", "")(SAMPLES, 0.4)
+        stopped.set()
+        dripping.join()
+
+
+def test_an_answer_without_end_is_cut_off(server: Server) -> None:
+    server.answer = lambda asked: (200, b" " * (LARGEST_ANSWER + 1), 0.0)
+    with pytest.raises(CallFailed, match=f"answered more than {LARGEST_ANSWER} bytes"):
+        HttpCall(server.url, "")(SAMPLES, 5.0)

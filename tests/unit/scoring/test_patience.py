@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rlhf_cluster.scoring.patience import Patience, Patient
 from rlhf_cluster.scoring.samples import Answer, CallFailed, Sample
 
-PATIENCE = Patience(2.0, 1, 0.5, breaker_failures=3, breaker_s=30.0, batch_size=4, concurrency=1)
+PATIENCE = Patience(2.0, 1, 0.5, breaker_failures=3, breaker_s=30.0, batch_size=4, concurrency=1, budget_s=100.0)
 
 
 @dataclass
@@ -77,7 +77,7 @@ def test_backoff_doubles() -> None:
         raise CallFailed("no")
 
     clock = Clock()
-    patient(Asked(rule), clock, Patience(2.0, 3, 0.5, 99, 30.0, 1, 1))(samples("a"))
+    patient(Asked(rule), clock, Patience(2.0, 3, 0.5, 99, 30.0, 1, 1, 100.0))(samples("a"))
     assert clock.slept == [0.5, 1.0, 2.0]
 
 
@@ -133,7 +133,7 @@ def test_after_failures_in_a_row_nobody_is_asked_for_a_while() -> None:
 
 
 def test_calls_side_by_side_answer_in_order() -> None:
-    patience = Patience(2.0, 0, 0.0, 3, 30.0, batch_size=1, concurrency=4)
+    patience = Patience(2.0, 0, 0.0, 3, 30.0, batch_size=1, concurrency=4, budget_s=100.0)
     assert list(patient(Asked(scores), Clock(), patience)(samples("abcdefgh")).scores) == [*map(float, range(97, 105))]
 
 
@@ -143,3 +143,25 @@ def test_what_is_no_number_is_no_answer() -> None:
         found = patient(Asked(lambda names, bad=bad: [bad] * len(names)), Clock())(samples("a"))
         assert list(found.scores) == [0.0]
         assert found.failures[0].startswith("it gave a score that is no number: ")
+
+
+def test_one_that_hangs_in_every_batch_costs_the_budget_and_no_more() -> None:
+    """Each hanging call takes its whole deadline; the last of them what is left. The others of its batch are asked
+    alone, and what comes after the budget is not asked at all."""
+
+    def call(batch: Sequence[Sample], deadline_s: float) -> Sequence[Answer]:
+        if any(sample.sample_id in "ae" for sample in batch):
+            clock.now += deadline_s
+            raise CallFailed(f"no answer within {deadline_s:g} s")
+        return scores([sample.sample_id for sample in batch])
+
+    clock = Clock()
+    patience = Patience(2.0, 1, 0.5, 99, 30.0, batch_size=4, concurrency=1, budget_s=21.0)
+    ask = Patient(call, patience, clock, clock.sleep)
+    found = ask(samples("abcdefghij"))
+    # a, b, c and d together 8 s, a alone twice 4.5 s with the pause: 12.5 s; e to h together 8 s more: 0.5 s are left.
+    assert clock.now == 21.0
+    assert list(found.scores) == [0.0, 98.0, 99.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert found.failures[0] == "no answer within 2 s" and found.failures[4] == "no answer within 0.5 s"
+    assert set(found.failures[5:]) == {"not asked: the 21 s for the samples that came with it are over"}
+    assert list(ask(samples("bc")).scores) == [98.0, 99.0]  # the next ones have a budget of their own

@@ -49,7 +49,7 @@ def rollouts(tiny: Path) -> Rollouts:
 
 def scored(rollouts: Rollouts, tiny: Path, *parts: RewardPart, **changed: float) -> Scores:
     cfg = RewardConfig(list(parts), backoff_s=0.0, **changed)
-    return RewardWorker(cfg, ScorerInputs("", str(tiny), "float32", "eager", 0)).score(rollouts)
+    return RewardWorker(cfg, ScorerInputs("", str(tiny), "float32", "eager", 0, 60.0)).score(rollouts)
 
 
 def test_the_score_is_the_weighted_sum_and_each_part_is_told(rollouts: Rollouts, tiny: Path) -> None:
@@ -98,6 +98,8 @@ def test_a_failure_costs_its_sample(rollouts: Rollouts, tiny: Path, tmp_path: Pa
     found = scored(rollouts, tiny, part, RewardPart("length"))
     assert [bool(failure) for failure in found.failure] == [False, True, False]
     assert found.failure[1].startswith("mine: it ")
+    of_parts = [found.table.column(f"reward_failure/{name}").to_pylist() for name in ("mine", "length")]
+    assert of_parts == [["", found.failure[1].removeprefix("mine: "), ""], [""] * 3]
     assert found.score.tolist() == [3.0, 0.0, 9.0]
     part.on_failure = "neutral"
     found = scored(rollouts, tiny, part, RewardPart("length"), neutral_score=-5.0)

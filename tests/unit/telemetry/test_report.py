@@ -5,8 +5,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.calibration import calibration, write_calibration
 from rlhf_cluster.telemetry.comparison import ReportError, Sample, compare, gold_of, write_samples
 from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, MetricsRecord
@@ -48,7 +50,8 @@ def log_run(run_dir: Path) -> None:
                 step,
                 {"objective/scores": 0.1 * step, "objective/kl": 0.5, "timing_s/gen": 2.0, "timing_s/step": 3.0},
             )
-        log.log("ppo", 4, {"actor/pg_loss": math.nan})
+        log.log("ppo", 4, {"actor/pg_loss": math.nan, "guard/kl": 5.5})
+        log.log("ppo", 5, {"guard/kl": 7.25})
 
 
 @pytest.fixture
@@ -60,8 +63,26 @@ def full(tmp_path: Path) -> Path:
     (run_dir / "comparison.json").write_text(comparison.to_json())
     write_samples(run_dir / "samples.jsonl", [Sample("p" + ATTACK, "b" + ATTACK, "a" + ATTACK, 0.0, 0.5)] * 5)
     write_calibration(run_dir, calibration([0.1, 1.0, -2.0]))
-    (run_dir / "config" / "resolved.yaml").write_text("name: <quick>\n")
+    (run_dir / "config" / "resolved.yaml").write_text(CONFIG)
+    log = RolloutLog(run_dir / "rollouts")
+    for step in (0, 1, 3):
+        log.write(step, rollouts(step))
     return run_dir
+
+
+CONFIG = "name: <quick>\nppo: {guardrails: {kl: {limit: 5.0, action: skip}}}\n"
+
+
+def rollouts(step: int) -> pa.Table:
+    """Of four samples, one fails in every step, one in the last alone, and one takes a second more with each step."""
+    failures = [ATTACK, "", "it hung" if step == 3 else "", ""]
+    return pa.table(
+        {
+            "sample_id": [f"{step}/p/{index}" for index in range(4)],
+            "reward_failure/mine": failures,
+            "reward_s/mine": pa.array([0.0, 1.5 + step, 0.25, 0.125], pa.float32()),
+        }
+    )
 
 
 def test_nothing_in_the_page_runs_or_loads(full: Path) -> None:
@@ -78,7 +99,7 @@ def test_nothing_in_the_page_runs_or_loads(full: Path) -> None:
     assert "@import" not in page
     assert "\x1b" not in page
     assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
-    assert page.count("&lt;script&gt;alert(") == 15
+    assert page.count("&lt;script&gt;alert(") == 16
 
 
 def test_the_page_says_what_the_run_did(full: Path) -> None:
@@ -96,6 +117,10 @@ def test_the_page_says_what_the_run_did(full: Path) -> None:
         "actor/pg_loss (1 times)",
         "Seconds by part",
         "name: &lt;quick&gt;",
+        "kl skip 5.5 to 7.25 4-5",
+        "mine it hung 1 4 ",
+        "3 1-2, 4 ",  # the other reason, in three samples
+        "mine 4.50 4 3/p/1 mine 2.50 2 1/p/1 mine 1.50 1 0/p/1 mine 0.25 4 3/p/2 mine 0.25 2 1/p/2 ",
         "quick &lt;run&gt;",
         "2 more",
     ):

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from rlhf_cluster.storage.rollout_log import RolloutLog
+from rlhf_cluster.telemetry.incidents import REASONS, SLOWEST, incidents, range_text, steps_text
+from rlhf_cluster.telemetry.metrics import MetricsRecord
+
+
+def test_a_run_without_incidents_has_none(tmp_path: Path) -> None:
+    found = incidents([MetricsRecord("ppo", 1, 0.0, 0.0, {"objective/kl": 1.0})], tmp_path / "absent", {})
+    assert (found.guardrails, found.failures, found.others, found.slowest) == ((), (), 0, ())
+
+
+def test_a_guardrail_is_told_with_its_action_and_where_it_was_passed() -> None:
+    metrics = [{"guard/kl": 6.0}, {}, {"guard/kl": None, "guard/entropy": 0.1}]
+    records = [MetricsRecord("ppo", step, 0.0, 0.0, own) for step, own in enumerate(metrics, 1)]
+    entropy, kl = incidents(records, Path("absent"), {"kl": {"limit": 5.0, "action": "stop"}}).guardrails
+    assert (kl.name, kl.action, kl.steps, kl.values) == ("kl", "stop", (1, 3), (6.0, None))
+    assert (entropy.name, entropy.action, entropy.steps) == ("entropy", "", (3,))
+
+
+def test_the_page_names_the_most_frequent_and_the_slowest_alone(tmp_path: Path) -> None:
+    reasons = [f"reason {number:02}" for number in range(REASONS + 2) for _ in range(number + 1)]
+    count = len(reasons)
+    columns = {"sample_id": [f"0/p/{index}" for index in range(count)], "reward_failure/mine": reasons}
+    RolloutLog(tmp_path).write(0, pa.table(columns | {"reward_s/mine": [float(index) for index in range(count)]}))
+    found = incidents([], tmp_path, {})
+    assert [one.count for one in found.failures] == list(range(REASONS + 2, 2, -1))
+    assert found.others == 1 + 2
+    assert [one.seconds for one in found.slowest] == [float(count - 1 - index) for index in range(SLOWEST)]
+    assert found.slowest[0].sample_id == f"0/p/{count - 1}"
+
+
+@pytest.mark.parametrize(("steps", "text"), [((), ""), ((4,), "4"), ((3, 1, 2, 7, 9, 10), "1-3, 7, 9-10")])
+def test_steps_in_few_words(steps: tuple[int, ...], text: str) -> None:
+    assert steps_text(steps) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((1.0,), "1"),
+        ((2.0, 1.0), "1 to 2"),
+        ((None,), "not finite"),
+        ((2.0, None, 1.0), "1 to 2, not finite"),
+        ((math.inf, 3.0), "3, not finite"),
+    ],
+)
+def test_values_from_the_least_to_the_largest(values: tuple[float | None, ...], text: str) -> None:
+    assert range_text(values) == text
