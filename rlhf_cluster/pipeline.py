@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rlhf_cluster import dpo, ppo, rm, sft
-from rlhf_cluster.algo.admission import Batch
 from rlhf_cluster.cluster.placement import (
     Attempt,
     OpenRooms,
@@ -32,11 +31,19 @@ from rlhf_cluster.cluster.train import train_on_ranks
 from rlhf_cluster.config import ConfigError, Resources, RunConfig, differences, load_file, to_yaml
 from rlhf_cluster.data.batches import PromptOrder, heldout_members
 from rlhf_cluster.environment import describe_environment
-from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, require_scores, sample_heldout, samples
+from rlhf_cluster.evaluation.heldout import (
+    HeldOut,
+    compare_heldout,
+    read_heldout,
+    require_scores,
+    sample_heldout,
+    samples,
+)
 from rlhf_cluster.inputs import Inputs, load_inputs
 from rlhf_cluster.interrupts import run_async
+from rlhf_cluster.loop.admission import Batch
 from rlhf_cluster.ranking import Judge, RankingError, make_judge, rank_samples, split_comparisons
-from rlhf_cluster.records import Comparisons, Pretraining, ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.records import Comparisons, Pretraining, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.durable import StorageError, replace_text
 from rlhf_cluster.storage.rollout_log import RolloutLog
@@ -419,13 +426,6 @@ async def _on_the_way(run: Run, opened: OpenRooms, timer: Timer, version: int) -
         return {}
     with timer("eval"):
         return (await _heldout(run, opened, f"iteration {version}")).metrics()
-
-
-def read_heldout(path: Path, samples_per_prompt: int) -> HeldOut:
-    table = pq.read_table(path)
-    kind = ReferencedRollouts if "ref_logprobs" in table.column_names else ScoredRollouts
-    gold = table.column("gold").to_numpy().reshape(-1, samples_per_prompt)
-    return HeldOut(kind(table), gold, samples_per_prompt)
 
 
 async def _heldout(run: Run, opened: OpenRooms, when: str) -> HeldOut:

@@ -23,11 +23,11 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from rlhf_cluster.algo.admission import DROPPED, FILTERED, Admission, Batch
-from rlhf_cluster.algo.control import Control
-from rlhf_cluster.algo.guardrails import Alarm, Guardrails, Rail, gravest
 from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL
 from rlhf_cluster.config import PPOConfig
+from rlhf_cluster.loop.admission import DROPPED, FILTERED, Admission, Batch
+from rlhf_cluster.loop.control import Control
+from rlhf_cluster.loop.guardrails import Alarm, Guardrails, Rail, gravest
 from rlhf_cluster.records import Controls, Members, Rollouts, ScoredRollouts, UpdateStats, join
 from rlhf_cluster.rooms import Rooms
 from rlhf_cluster.storage.checkpoints import Checkpoint, Checkpoints
@@ -225,7 +225,8 @@ def make_control(cfg: PPOConfig, start: Start) -> Control:
 
 
 def make_guardrails(cfg: PPOConfig, start: Start) -> Guardrails:
-    rails = Guardrails({name: Rail(rail.limit, rail.action) for name, rail in cfg.guardrails.rails.items()})
+    max_skips = cfg.guardrails.max_skips
+    rails = Guardrails({name: Rail(rail.limit, rail.action) for name, rail in cfg.guardrails.rails.items()}, max_skips)
     rails.restore(start.guardrails)
     return rails
 

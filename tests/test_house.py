@@ -31,9 +31,10 @@ MAY_SEE = {
     "rooms": {"records"},
     "config": set[str](),
     "algo": {"records"},
-    "ppo": {"records", "rooms", "config", "algo", "telemetry", "storage"},
+    "loop": {"records", "algo"},
+    "ppo": {"records", "rooms", "config", "algo", "loop", "telemetry", "storage"},
 }
-MAY_SEE |= {stage: MAY_SEE["ppo"] | {"engine", "models", "data"} for stage in ("sft", "rm", "dpo")}
+MAY_SEE |= {stage: MAY_SEE["ppo"] - {"loop"} | {"engine", "models", "data"} for stage in ("sft", "rm", "dpo")}
 ROOMS = {"generation", "scoring", "reference", "learner"}
 # `cluster` makes actors of the rooms; only what a person starts may start actors.
 SEEN_ONLY_BY = {"cluster": {"pipeline", "cli", "generate"}, "pipeline": {"cli"}, "cli": set[str]()}

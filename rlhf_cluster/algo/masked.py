@@ -27,16 +27,6 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return at_tokens(values, mask).sum(dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over real tokens (not over rows of row means): Ziegler et al. 2019, arXiv:1909.08593, averages so.
-
-        sum_{b,t} mask_{bt} * values_{bt} / sum_{b,t} mask_{bt}
-
-    Any shape, both alike. Returns a scalar; 0 where there is no token.
-    """
-    return masked_sum(values, mask) / mask.bool().sum().clamp(min=1)
-
-
 def moments(values: Tensor, mask: Tensor) -> Tensor:
     """The additive statistics of real tokens: float64 [3].
 

@@ -294,6 +294,7 @@ def _validate_ptx(cfg: RunConfig) -> None:
 def _validate_guardrails(cfg: RunConfig) -> None:
     rails = cfg.ppo.guardrails
     _one_of("ppo.guardrails.not_finite", rails.not_finite, ("skip", "stop"))
+    _require(rails.max_skips >= 1, f"ppo.guardrails.max_skips={rails.max_skips}: it must be at least 1")
     for name, rail in rails.rails.items():
         key = f"ppo.guardrails.{name}"
         after = name == "clipfrac"  # the update has been made by then

@@ -6,10 +6,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rlhf_cluster.ranking import Judge
 from rlhf_cluster.records import Members, ReferencedRollouts, Rollouts, ScoredRollouts, join
@@ -47,6 +49,14 @@ class HeldOut:
             "eval/response_length": float(np.mean([*map(len, self.rollouts.response_ids)])),
             **({} if kl is None else {"eval/kl": float(kl.mean())}),
         }
+
+
+def read_heldout(path: Path, samples_per_prompt: int) -> HeldOut:
+    """What `HeldOut.table` wrote as Parquet."""
+    table = pq.read_table(path)
+    kind = ReferencedRollouts if "ref_logprobs" in table.column_names else ScoredRollouts
+    gold = table.column("gold").to_numpy().reshape(-1, samples_per_prompt)
+    return HeldOut(kind(table), gold, samples_per_prompt)
 
 
 class HeldOutError(RuntimeError):

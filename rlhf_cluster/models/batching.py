@@ -72,16 +72,6 @@ class PackedBatch:
         """What `ScalarHeadModel.forward` takes to give the score of each sequence, [S]."""
         return self.input_ids, self.position_ids, self.last_positions()
 
-    def mask(self) -> Tensor:
-        """Which entries of the response frame are tokens, bool [S, max R]; all False in a dummy."""
-        real = torch.from_numpy(self.sequences != NOBODY)
-        return (response_mask(self.response_lengths) & real[:, None]).to(self.input_ids.device)
-
-    def response_frame(self, flat: Tensor) -> Tensor:
-        """[N] -> [S, max R], 0 where there is no token; gradients pass."""
-        mask = response_mask(self.response_lengths).to(flat.device)
-        return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-
     def select(self, ragged: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The caller's per-token arrays, one per sequence of this batch; zeros for a dummy's."""
         pairs = zip(self.sequences, self.response_lengths, strict=True)

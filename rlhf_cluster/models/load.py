@@ -91,14 +91,14 @@ def load_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def load_policy(path: Path, dtype: torch.dtype | None, attention: str, dropout: bool = False) -> PreTrainedModel:
+def load_policy(path: Path, dtype: torch.dtype | None, attention: str) -> PreTrainedModel:
     """A causal LM in eval mode, in `dtype` or (None) as it is stored.
 
-    Dropout is off, in training mode too, unless `dropout`: PPO's ratio must start at 1.
+    Dropout is off, in training mode too: PPO's ratio must start at 1.
     `attention` is `eager` or `sdpa`. The config is left as the directory has it (`use_cache`, dropout rates), so that
     a saved copy serves others unchanged; `forward.hidden_states` passes `use_cache=False`.
     """
-    return load_pretrained(AutoModelForCausalLM, path, dtype, attention, dropout)
+    return load_pretrained(AutoModelForCausalLM, path, dtype, attention)
 
 
 def load_pretrained(
@@ -106,7 +106,6 @@ def load_pretrained(
     path: Path,
     dtype: torch.dtype | None,
     attention: str,
-    dropout: bool,
     layers: int = 0,
 ) -> PreTrainedModel:
     """As `load_policy`, for either head; `layers` above 0 keeps the first so many transformer layers."""
@@ -129,8 +128,7 @@ def load_pretrained(
         raise ModelError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
     # With a padding index the embedding of that id gets no gradient; where pad equals EOS that is a real token.
     model.get_input_embeddings().padding_idx = None
-    if not dropout:
-        turn_off_dropout(model)
+    turn_off_dropout(model)
     return model
 
 

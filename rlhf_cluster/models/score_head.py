@@ -64,7 +64,7 @@ class ScalarHeadModel(nn.Module):
         every batch, and push the policy one way. Of the body's layers the first `layers` stay; 0: all. Raises
         ModelError where the body has fewer.
         """
-        body = load_pretrained(AutoModel, path, dtype, attention, dropout=False, layers=layers)
+        body = load_pretrained(AutoModel, path, dtype, attention, layers=layers)
         score = _empty_head(body.config.hidden_size)
         with torch.no_grad():
             score.weight.zero_()
@@ -78,7 +78,7 @@ class ScalarHeadModel(nn.Module):
     def from_directory(cls, path: Path, dtype: torch.dtype | None, attention: str) -> ScalarHeadModel:
         """What `save` wrote; the head stays float32. Raises ModelError where the head is absent or does not fit."""
         check_scalar_head(path)
-        body = load_pretrained(AutoModel, path, dtype, attention, dropout=False)
+        body = load_pretrained(AutoModel, path, dtype, attention)
         score = _empty_head(body.config.hidden_size)
         score.load_state_dict(load_file(path / WEIGHTS))
         return cls(body, score)

@@ -45,7 +45,6 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 0) -> None:
         self.directory = directory
         self._keep = keep
-        self._writing: set[Path] = set()
 
     @contextmanager
     def write(self, step: int) -> Iterator[Path]:
@@ -55,13 +54,9 @@ class Checkpoints:
         """
         final = self.directory / f"step-{step}"
         with durable.fresh_directory(final, f"the checkpoint of step {step}") as temp:
-            self._writing.add(temp)
-            try:
-                yield temp
-                _seal(temp, step)
-                durable.replace_directory(temp, final)
-            finally:
-                self._writing.discard(temp)
+            yield temp
+            _seal(temp, step)
+            durable.replace_directory(temp, final)
         if self._keep:
             self.prune(self._keep)
 
@@ -85,10 +80,6 @@ class Checkpoints:
             raise StorageError(
                 f"{checkpoint.path} is damaged: {damaged} differ from {MANIFEST}; remove it to use the one before"
             )
-
-    def sweep(self) -> list[Path]:
-        """Removes what dead attempts left and returns it. Call it at start, with the run's lock held."""
-        return durable.sweep(self.directory, self._writing)
 
     def prune(self, keep: int) -> list[int]:
         """Removes all complete checkpoints but the `keep` newest; returns the steps removed."""

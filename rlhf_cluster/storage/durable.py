@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -152,18 +152,18 @@ def standing(final: Path) -> Path | None:
     return aside[0] if aside else None
 
 
-def sweep(directory: Path, ours: Iterable[Path] = ()) -> list[Path]:
+def sweep(directory: Path) -> list[Path]:
     """Removes what dead processes left in `directory` and returns it; set-aside directories get their name back.
 
     Process ids come round again (in a container at once), so that only the run's lock tells who is dead: call it with
-    the lock held. `ours` are temporary paths that this process is writing.
+    the lock held, and while nothing is being written.
     """
     if not directory.is_dir():
         return []
-    keep, removed = set(ours), []
+    removed = []
     for path in sorted(directory.iterdir()):
         name, suffix = final_name(path)
-        if not suffix or path in keep:
+        if not suffix:
             continue
         final = path.with_name(name)
         if suffix == ASIDE and not final.exists():

@@ -15,9 +15,9 @@ import pytest
 from fakes import Broken, Events, FakeRooms, as_they_came, prompts, shuffled
 
 from rlhf_cluster import ppo
-from rlhf_cluster.algo.admission import Batch
 from rlhf_cluster.config import AdvantageConfig, GuardrailsConfig, KLConfig, PPOConfig, RailConfig
 from rlhf_cluster.data.batches import PromptOrder
+from rlhf_cluster.loop.admission import Batch
 from rlhf_cluster.records import Controls, ReferencedRollouts, RefLogprobs, Rollouts, ScoredRollouts, Scores
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
@@ -453,6 +453,18 @@ def test_a_rail_that_skips_lets_the_batch_be_looked_at(tmp_path: Path) -> None:
     run = RunOfLoop(tmp_path)(**rail(entropy=RailConfig(99.0, "skip")))
     assert [controls.learn for controls in run.fakes.learner.controls] == [False] * STEPS
     assert run.fakes.learner.published == list(range(1, STEPS + 1))  # versions count on
+
+
+def test_a_rail_that_skips_for_ever_stops(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)
+    with pytest.raises(BaseExceptionGroup) as raised:
+        run(guardrails=GuardrailsConfig(entropy=RailConfig(99.0, "skip"), max_skips=2))
+    (error,) = leaves(raised.value)
+    assert isinstance(error, ppo.GuardrailError)
+    assert str(error).startswith(
+        "iteration 2 was stopped by ppo.guardrails (max_skips: 2 updates in a row were skipped"
+    )
+    assert [controls.learn for controls in run.fakes.learner.controls] == [False, False]
 
 
 def test_a_rail_that_stops_names_itself_and_leaves_the_checkpoint(tmp_path: Path) -> None:

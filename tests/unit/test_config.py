@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from rlhf_cluster import config
-from rlhf_cluster.algo.guardrails import ACTIONS
 from rlhf_cluster.config import ConfigError, RunConfig, conf_directory, differences, load, load_file, to_yaml, validate
 from rlhf_cluster.config.tree import RAIL_ACTIONS, optimizers
+from rlhf_cluster.loop.guardrails import ACTIONS
 
 PRIMARIES = ("pipeline", "sft", "rm", "dpo", "ppo")
 FILES = ["data.prompts=x", "data.demonstrations=x", "data.comparisons=x"]
@@ -359,6 +359,11 @@ def test_dynamic_sampling_needs_groups() -> None:
             r"0\.1 of a step of 4 sequences is less",
         ),
         (["stages=[sft]", "sft.select=reward", "reward.parts=[{kind: modle}]"], r"reward\.parts\[0\]\.kind=modle"),
+        (["ppo.guardrails.max_skips=0"], r"ppo\.guardrails\.max_skips=0: it must be at least 1"),
+        (
+            ["reward.parts=[{kind: regex, pattern: a}, {kind: exact}, {kind: length}]", "cluster.call_timeout_s=60"],
+            r"reward\.deadline_s=10: a part has 7\.5 s for all samples that come at once \(cluster\.call",
+        ),
         (["ppo.guardrails.length.limit=0.5"], r"ppo\.guardrails\.length\.limit=0\.5: a factor above 1, or 0 for none"),
         (["ppo.guardrails.kl.limit=5", "kl=none"], r"kl\.limit=5\.0, but ppo\.kl\.kind=none starts no reference"),
         (["ppo.guardrails.entropy.limit=-1"], r"entropy\.limit=-1\.0: it must not be negative"),

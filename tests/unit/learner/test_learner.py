@@ -15,7 +15,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_cluster.algo.guardrails import Guardrails, Rail
 from rlhf_cluster.config import (
     ADVANTAGES,
     AdvantageConfig,
@@ -36,6 +35,7 @@ from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.worker import LearnerError, LearnerWorker
+from rlhf_cluster.loop.guardrails import Guardrails, Rail
 from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.models.score_head import ScalarHeadModel

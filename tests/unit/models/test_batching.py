@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +31,6 @@ def test_padded_rows_by_hand() -> None:
     assert batch.response_positions().tolist() == [1, 2, 3, 5]  # P-1 .. P+R-2, then the second row's 0
     assert batch.response_targets().tolist() == [8, 9, 10, 11]
     assert batch.last_positions().tolist() == [4, 6]
-    assert batch.mask().tolist() == [[True, True, True], [True, False, False]]
 
 
 def test_packed_row_by_hand() -> None:
@@ -108,8 +106,6 @@ def test_dummy_runs_but_counts_nothing() -> None:
     dummy = dummy_batch()
     assert dummy.input_ids.shape == (1, 2)
     assert dummy.response_positions().tolist() == [0]
-    assert not dummy.mask().any()
-    assert dummy.mask().shape == dummy.response_frame(torch.ones(1)).shape
     assert dummy.select([np.ones(3, np.float32)])[0].tolist() == [0.0]
 
 
@@ -129,16 +125,6 @@ def test_response_frame_by_hand_and_back() -> None:
     assert frame.tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
     assert response_mask([2, 0, 3]).tolist() == [[True, True, False], [False] * 3, [True] * 3]
     assert all(np.array_equal(a, b) for a, b in zip(from_response_frame(frame, [2, 0, 3]), rows, strict=True))
-
-
-def test_batch_frame_passes_gradients() -> None:
-    (batch,) = micro_batches(PROMPTS, RESPONSES, singles(2), 10)
-    flat = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
-    frame = batch.response_frame(flat)
-    assert frame.tolist() == [[1, 2, 3], [4, 0, 0]]
-    (frame * torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).sum().backward()
-    assert flat.grad is not None
-    assert flat.grad.tolist() == [1, 2, 3, 4]
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12)

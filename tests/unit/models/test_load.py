@@ -60,15 +60,15 @@ def test_wrong_state_dict_writes_nothing(directories: dict[str, Path], tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_dropout_is_off_in_training_mode_unless_asked(tmp_path: Path) -> None:
+def test_dropout_is_off_in_training_mode(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     assert config.resid_pdrop == 0.1
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     ids = torch.arange(20)[None]
+    noisy = GPT2LMHeadModel.from_pretrained(tmp_path).train()
+    assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
     quiet = load_policy(tmp_path, torch.float32, "eager").train()
     assert torch.equal(quiet(ids).logits, quiet(ids).logits)
-    noisy = load_policy(tmp_path, torch.float32, "eager", dropout=True).train()
-    assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
     assert quiet.config.resid_pdrop == 0.1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_cluster.algo.admission import DROPPED, FILTERED, Admission
+from rlhf_cluster.loop.admission import DROPPED, FILTERED, Admission
 from rlhf_cluster.records import ScoredRollouts
 
 

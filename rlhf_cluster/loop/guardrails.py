@@ -42,10 +42,15 @@ def gravest(alarms: Sequence[Alarm]) -> str:
 
 
 class Guardrails:
-    """One rail for each of `kl`, `entropy`, `length`, `clipfrac` and `grad_norm`."""
+    """One rail for each of `kl`, `entropy`, `length`, `clipfrac` and `grad_norm`.
 
-    def __init__(self, rails: Mapping[str, Rail]) -> None:
-        self._rails = rails
+    `max_skips`: updates skipped in a row, with which it is time to stop: a policy that does not change is likely to
+    stay where it is.
+    """
+
+    def __init__(self, rails: Mapping[str, Rail], max_skips: float = math.inf) -> None:
+        self._rails, self._max_skips = rails, max_skips
+        self._skips = 0.0  # in a row
         self._first_length = 0.0  # mean response length of the first batch, which drift is measured from
 
     def before(self, batch: ScoredRollouts) -> list[Alarm]:
@@ -63,7 +68,12 @@ class Guardrails:
             apart = tokens - np.concatenate(batch.ref_logprobs)
             kl = float(apart.sum(dtype=np.float64)) / len(batch)
             found.append(self._above("kl", kl, "nats per response from the reference"))
-        return [alarm for alarm in found if alarm is not None]
+        alarms = [alarm for alarm in found if alarm is not None]
+        self._skips = self._skips + 1 if gravest(alarms) == "skip" else 0.0
+        if self._skips >= self._max_skips:
+            words = f"{self._skips:.0f} updates in a row were skipped, and a policy that is not updated stays as it is"
+            alarms.append(Alarm("max_skips", "stop", words, self._skips))
+        return alarms
 
     def after(self, metrics: Mapping[str, float]) -> list[Alarm]:
         """Of an update that was made: the learner's own metrics. Without a critic it has no norm; and while the critic
@@ -78,10 +88,10 @@ class Guardrails:
 
     def state(self) -> dict[str, float]:
         """All that `restore` needs."""
-        return {"first_length": self._first_length}
+        return {"first_length": self._first_length, "skips": self._skips}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        self._first_length = state.get("first_length", 0.0)
+        self._first_length, self._skips = state.get("first_length", 0.0), state.get("skips", 0.0)
 
     def _above(self, name: str, value: float, words: str) -> Alarm | None:
         rail = self._rails.get(name, Rail())

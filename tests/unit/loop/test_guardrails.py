@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlhf_cluster.algo.guardrails import ACTIONS, Alarm, Guardrails, Rail, gravest
+from rlhf_cluster.loop.guardrails import ACTIONS, Alarm, Guardrails, Rail, gravest
 from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
 
 
@@ -93,3 +93,18 @@ def test_the_gravest_action_is_due() -> None:
     alarms = [Alarm("a", "skip", "", 1.0), Alarm("b", "rollback", "", 1.0), Alarm("c", "warn", "", 1.0)]
     assert gravest(alarms) == "rollback" and gravest([]) == ""
     assert ACTIONS == ("warn", "skip", "rollback", "stop")
+
+
+def test_after_so_many_skips_in_a_row_it_is_time_to_stop() -> None:
+    """Nothing that a skipped policy could do would end the skipping."""
+    low, high = batch([[-1.0]]), batch([[-3.0]])
+    rails = Guardrails({"entropy": Rail(2.0, "skip")}, max_skips=3)
+    told = [gravest(rails.before(rows)) for rows in (low, low, high, low, low)]
+    assert told == ["skip", "skip", "", "skip", "skip"]
+    again = Guardrails({"entropy": Rail(2.0, "skip")}, max_skips=3)
+    again.restore(rails.state())
+    entropy, skips = again.before(low)
+    assert (entropy.action, skips.name, skips.action, skips.value) == ("skip", "max_skips", "stop", 3.0)
+    assert skips.sentence.startswith("3 updates in a row were skipped")
+    warned = Guardrails({"entropy": Rail(2.0, "warn")}, max_skips=1)
+    assert gravest(warned.before(low)) == "warn"
