@@ -61,6 +61,9 @@ class RMEvaluation:
     accuracy: float
     accuracy_se: float
     shorter_accuracy: float  # of preferring the shorter response: what a model must beat to have read any
+    length_controlled_accuracy: float  # the mean over pairs whose preferred response is the shorter, and over those
+    # where it is the longer: whoever goes by length alone has 0.5
+    length_controlled_accuracy_se: float
     margin: float
     prompts: int
     pairs: int
@@ -71,13 +74,16 @@ class RMEvaluation:
             "rm/heldout_accuracy": self.accuracy,
             "rm/heldout_accuracy_se": self.accuracy_se,
             "rm/heldout_shorter_accuracy": self.shorter_accuracy,
+            "rm/heldout_length_controlled_accuracy": self.length_controlled_accuracy,
+            "rm/heldout_length_controlled_accuracy_se": self.length_controlled_accuracy_se,
             "rm/heldout_margin": self.margin,
         }
 
     def __str__(self) -> str:
         return (
             f"held-out accuracy {self.accuracy:.3f} +- {self.accuracy_se:.3f} on {self.pairs} pairs of "
-            f"{self.prompts} prompts (preferring the shorter response: {self.shorter_accuracy:.3f}), "
+            f"{self.prompts} prompts (preferring the shorter response: {self.shorter_accuracy:.3f}; "
+            f"length-controlled {self.length_controlled_accuracy:.3f} +- {self.length_controlled_accuracy_se:.3f}), "
             f"mean margin {self.margin:.2f}"
         )
 
@@ -160,24 +166,35 @@ def pair_margins(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 
 
 def summarize(margins: Sequence[np.ndarray], by_length: Sequence[np.ndarray]) -> RMEvaluation:
-    """Accuracy over pooled pairs; its standard error treats a prompt's pairs as one cluster (a ratio estimator).
-
-    Both have an array for each prompt: `by_length` is what scores of minus the length would give.
-    """
+    """Both have an array for each prompt: `by_length` is what scores of minus the length would give."""
     pooled = np.concatenate(margins) if margins else np.zeros(0)
-    if not pooled.size:
-        return RMEvaluation(math.nan, math.nan, math.nan, math.nan, 0, 0, [])
-    correct = np.array([_correct(m) for m in margins])
-    counts = np.array([m.size for m in margins], float)
-    accuracy = correct.sum() / counts.sum()
-    residual = correct - accuracy * counts
-    n = len(margins)
-    spread = math.sqrt((residual**2).sum() * n / max(n - 1, 1)) / counts.sum()
-    shorter = sum(map(_correct, by_length)) / counts.sum()
-    margin, pairs = float(pooled.mean()), int(pooled.size)
-    return RMEvaluation(float(accuracy), spread, float(shorter), margin, n, pairs, pooled.tolist())
+    right, brief = [_right(own) for own in margins], [_right(own) for own in by_length]
+    everything = [np.ones(own.size, bool) for own in margins]
+    accuracy = share_by_strata(right, [everything])
+    controlled = share_by_strata(right, [[own > 0 for own in by_length], [own < 0 for own in by_length]])
+    shorter, _ = share_by_strata(brief, [everything])
+    margin = float(pooled.mean()) if pooled.size else math.nan
+    return RMEvaluation(*accuracy, shorter, *controlled, margin, len(margins), int(pooled.size), pooled.tolist())
 
 
-def _correct(margins: np.ndarray) -> float:
-    """Pairs that are told apart rightly; a tie of the scores counts as half."""
-    return float((margins > 0).sum() + 0.5 * (margins == 0).sum())
+def share_by_strata(right: Sequence[np.ndarray], strata: Sequence[Sequence[np.ndarray]]) -> tuple[float, float]:
+    """The share of pairs that are right, each stratum counting the same, and its standard error.
+
+    `right` and each stratum (bool: which pairs are in it) have an array for each prompt. A prompt's pairs are one
+    cluster (a ratio estimator). Not a number where a stratum is empty.
+    """
+    prompts, shares = len(right), []
+    residual = np.zeros(prompts)
+    for stratum in strata:
+        own = [pairs[chosen] for pairs, chosen in zip(right, stratum, strict=True)]
+        count = sum(pairs.size for pairs in own)
+        share = sum(float(pairs.sum()) for pairs in own) / count if count else math.nan
+        residual += np.array([(pairs - share).sum() for pairs in own]) / max(count, 1) / len(strata)
+        shares.append(share)
+    spread = math.sqrt((residual**2).sum() * prompts / max(prompts - 1, 1))
+    return sum(shares) / len(shares), spread if prompts else math.nan
+
+
+def _right(margins: np.ndarray) -> np.ndarray:
+    """1 where a pair is told apart rightly; a tie of the scores counts as half."""
+    return (margins > 0) + 0.5 * (margins == 0)

@@ -54,10 +54,11 @@ class DataConfig:
     prompts: str = ""  # for files: prompts for PPO
     demonstrations: str = ""  # for files: demonstrations for SFT
     comparisons: str = ""  # for files: rankings for the reward model
+    heldout_comparisons: str = ""  # for files: rankings to judge it by; empty: a share of `comparisons`
     pretraining: str = ""  # with any source: text for ppo.ptx, rows with `text` or plain .txt
     answer_column: str = "answer"  # the prompts' column with the right answer, for the labeler exact
     heldout_prompts: int = 64  # prompts kept away from training, for the comparison before/after
-    heldout_fraction: float = 0.2  # share of comparisons kept away from reward-model training
+    heldout_fraction: float = 0.2  # share of comparisons kept away from reward-model training, where no file has others
     max_prompt_tokens: int = 256  # a longer prompt is refused (files) or dropped and counted (hh, oasst)
     max_demonstrations: int = 0  # 0: all
     max_comparisons: int = 0  # 0: all

@@ -42,6 +42,7 @@ def _files(cfg: DataConfig) -> Pool:
         (cfg.prompts, fill_prompts),
         (cfg.demonstrations, fill_demonstrations),
         (cfg.comparisons, fill_comparisons),
+        (cfg.heldout_comparisons, fill_heldout_comparisons),
     ):
         for row in read_rows(path) if path else ():
             fill(pool, row)
@@ -91,6 +92,10 @@ def fill_demonstrations(pool: Pool, row: RawRow) -> None:
 
 def fill_comparisons(pool: Pool, row: RawRow) -> None:
     pool.comparisons.append(parse_comparison(row))
+
+
+def fill_heldout_comparisons(pool: Pool, row: RawRow) -> None:
+    pool.heldout_comparisons.append(parse_comparison(row))
 
 
 def fill_hh(pool: Pool, row: RawRow) -> None:

@@ -39,6 +39,7 @@ class Pool:
     prompts: list[PromptRow] = field(default_factory=list)
     demonstrations: list[DemonstrationRow] = field(default_factory=list)
     comparisons: list[ComparisonRow] = field(default_factory=list)
+    heldout_comparisons: list[ComparisonRow] = field(default_factory=list)  # where the source says which
     drops: Drops = field(default_factory=Drops)
 
 
@@ -68,6 +69,9 @@ def split(pool: Pool, cfg: DataConfig, seed: int) -> Corpus:
     held = _heldout_groups(pool, cfg, seed)
     prompts, held_prompts = _part(pool.prompts, lambda row: pool.group(row) in held)
     comparisons, held_comparisons = _part(pool.comparisons, lambda row: pool.group(row.prompt) in held)
+    if pool.heldout_comparisons:
+        pool.drops.add_count(SET_ASIDE, len(held_comparisons))
+        held_comparisons = pool.heldout_comparisons
     demonstrations, aside = _part(pool.demonstrations, lambda row: pool.group(row.prompt) in held)
     _refuse_empty(pool, cfg, prompts, comparisons, demonstrations)
     kept = Corpus(
@@ -94,21 +98,23 @@ def deduplicate(pool: Pool) -> None:
         if first is not row:
             pool.drops.add(DataError(row.place, DUPLICATE, f"as in {first.place}"))
     pool.prompts = list(unique.values())
-    for ranking in pool.comparisons:
+    for ranking in (*pool.comparisons, *pool.heldout_comparisons):
         if not ranking.decides:
             pool.drops.add(DataError(ranking.prompt.place, ALL_TIED, f"{len(ranking.ranks)} responses of one rank"))
     pool.comparisons = [row for row in pool.comparisons if row.decides]
+    pool.heldout_comparisons = [row for row in pool.heldout_comparisons if row.decides]
 
 
 def _heldout_groups(pool: Pool, cfg: DataConfig, seed: int) -> set[str]:
-    """Groups in seeded order, each taken while it still helps to reach the number of prompts or of comparisons."""
+    """Those of comparisons that the source holds out. Then groups in seeded order, each taken while it still helps to
+    reach the number of prompts or, where the source holds out none, of comparisons."""
     prompts = Counter(pool.group(row) for row in pool.prompts)
     comparisons = Counter(pool.group(row.prompt) for row in pool.comparisons)
     _check_sizes(pool, cfg)
-    wanted = cfg.heldout_fraction * len(pool.comparisons)
-    names = sorted(prompts.keys() | comparisons.keys())
-    held: set[str] = set()
-    held_prompts = held_comparisons = 0
+    held = {pool.group(row.prompt) for row in pool.heldout_comparisons}
+    wanted = 0 if held else cfg.heldout_fraction * len(pool.comparisons)
+    names = sorted((prompts.keys() | comparisons.keys()) - held)
+    held_prompts, held_comparisons = sum(prompts[name] for name in held), 0
     for name in (names[position] for position in seeded_order(names, seed, "held-out")):
         helps_prompts = held_prompts < cfg.heldout_prompts and prompts[name]
         helps_comparisons = held_comparisons < wanted and comparisons[name]

@@ -167,6 +167,7 @@ def test_an_unknown_stage_is_refused() -> None:
         ("generation.resources.memory=-5", r"generation\.resources\.memory=-5: bytes, or 0"),
         ("cluster.start_timeout_s=-1", r"cluster\.start_timeout_s=-1: it must be above 0"),
         ("data.heldout_fraction=1", r"data\.heldout_fraction=1: it must be from 0 up to but not 1"),
+        ("data.heldout_comparisons=a.jsonl", r"a\.jsonl goes with rankings of a file: give data\.comparisons too"),
         ("ppo.epochs=0", r"ppo\.epochs=0: it must be at least 1"),
         ("rm.ranking.responses=1", r"rm\.ranking\.responses=1: a ranking needs 2 or more"),
     ],

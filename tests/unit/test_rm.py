@@ -75,6 +75,21 @@ def test_summary_by_hand() -> None:
     assert found.margins == [1.0, 2.0, -1.0, 0.0]
 
 
+def test_length_controlled_by_hand() -> None:
+    """The preferred one is shorter in 4 pairs, of which 3 are right, and longer in 2, of which 1 is: (3/4 + 1/2) / 2;
+    equal lengths are in neither. All 4 and 2 in one prompt each: residuals 0 and 0. Else, of prompts with pairs
+    (right, shorter) + (wrong, longer) and (right, shorter) + (right, longer) + (wrong, shorter) + (right, shorter):
+    (1/4 / 4 - 1/2 / 2) / 2 and (-1/4 / 4 + 1/2 / 2) / 2, which is -+ 3/32."""
+    margins = [np.array([1.0, -1.0, 5.0]), np.array([1.0, 1.0, -1.0, 1.0])]
+    found = summarize(margins, [np.array([2, -3, 0]), np.array([1, -1, 1, 4])])
+    assert found.length_controlled_accuracy == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert found.length_controlled_accuracy_se == pytest.approx(math.sqrt(2 * (3 / 32) ** 2 * 2))
+    by_length = summarize([np.array([3.0, -2.0, -7.0])], [np.array([3.0, -2.0, -7.0])])
+    assert by_length.shorter_accuracy == pytest.approx(1 / 3) and by_length.length_controlled_accuracy == 0.5
+    one_sided = summarize([np.array([1.0])], [np.array([1.0])])
+    assert math.isnan(one_sided.length_controlled_accuracy) and one_sided.accuracy == 1.0
+
+
 def test_summary_of_one_pair_per_prompt_is_the_binomial_one() -> None:
     margins = [np.array([1.0])] * 30 + [np.array([-1.0])] * 10
     assert summarize(margins, margins).accuracy_se == pytest.approx(math.sqrt(0.75 * 0.25 / 39))

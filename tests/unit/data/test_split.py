@@ -123,3 +123,18 @@ def test_a_split_that_leaves_nothing_is_refused_with_the_numbers(
 ) -> None:
     with pytest.raises(DataError, match=message):
         split(made, config(**values), 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_comparisons_that_the_source_holds_out_keep_their_prompts_from_training(seed: int) -> None:
+    made = pool(10, 12, 10)
+    made.heldout_comparisons = [comparison("t3"), comparison("t4"), comparison("elsewhere"), comparison("x", (1, 1))]
+    corpus = split(made, config(heldout_prompts=3, heldout_fraction=0.9), seed)
+    train, held = ids(corpus)
+    assert train.isdisjoint(held)
+    assert list(corpus.heldout_comparisons) == made.heldout_comparisons and len(made.heldout_comparisons) == 3
+    assert {prompt("t3").id, prompt("t4").id} <= {row.id for row in corpus.heldout_prompts}
+    assert len(corpus.heldout_prompts) == 3
+    away = sum(row.prompt.id in held for row in made.comparisons)  # 4 of t3 and t4, and those of the third prompt
+    assert away >= 4 and len(corpus.comparisons) == 12 - away
+    assert corpus.dropped["set aside with the held-out rows"] == away + 3 and corpus.dropped["all responses tied"] == 1
