@@ -145,6 +145,14 @@ async def eos_stays_as_the_last_token(bench: Bench) -> None:
     assert all(ids[-1] == EOS and EOS not in ids[:-1] for ids in ended)
 
 
+async def eos_at_the_very_last_place_is_an_end(bench: Bench) -> None:
+    """And part of the response: those that end with their last allowed token have stopped, not been cut off."""
+    found = await bench.with_config(laws.members(600), max_response_tokens=1)
+    assert [len(ids) for ids in found.response_ids] == [1] * 600
+    ended = [reason == "stop" for reason in found.finish_reason]
+    assert any(ended) and ended == [ids[-1] == EOS for ids in found.response_ids]
+
+
 async def prompts_that_do_not_fit_one_step_are_all_answered(bench: Bench) -> None:
     """16 run at once, of 260 tokens each: more than the engine takes in one step, so some wait."""
     members = laws.members(32)
@@ -207,6 +215,7 @@ CHECKS = (
     gives_a_seed_its_response_in_any_company,
     logprobs_are_the_learners,
     eos_stays_as_the_last_token,
+    eos_at_the_very_last_place_is_an_end,
     prompts_that_do_not_fit_one_step_are_all_answered,
     ignoring_eos_gives_the_exact_length,
     a_damaged_snapshot_is_refused_and_the_old_weights_serve,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
@@ -597,3 +598,39 @@ def test_a_gpt2_is_adapted_too(one_rank: Ranks, tmp_path: Path) -> None:
     again = GPT2LMHeadModel(config).eval()
     again.load_state_dict(found, strict=False)
     torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def with_column(batch: ReferencedRollouts, name: str, values: Any) -> ReferencedRollouts:
+    place, field = batch.table.column_names.index(name), batch.table.schema.field(name)
+    return ReferencedRollouts(batch.table.set_column(place, field, pa.array(values, field.type)))
+
+
+COMPARING = ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"]
+
+
+@pytest.mark.parametrize("kind", COMPARING)
+def test_scores_that_are_all_alike_teach_nothing(start: Start, kind: str) -> None:
+    """To the bit, where responses are compared: there is no drift that could be taken for learning."""
+    worker = start(advantage=AdvantageConfig(kind))
+    before = weights(worker)
+    pairs = with_column(rows(), "prompt_id", [f"p{i // 2}" for i in range(COUNT)])
+    give(worker, with_column(pairs, "score", [3.7] * COUNT))
+    worker.update(0, Controls(0.0))
+    assert all(torch.equal(before[name], now) for name, now in weights(worker).items())
+
+
+def test_a_large_penalty_holds_the_policy_at_the_reference(start: Start) -> None:
+    """The reference is the policy as it starts; the same rows are learnt from again and again."""
+
+    def gap(kl_coef: float) -> float:
+        """Mean square of the log-ratio to the reference after the updates."""
+        worker = start(minibatch_size=COUNT, advantage=AdvantageConfig("reinforce_plus_plus"))
+        own = worker._models.evaluate(rows().prompt_ids, rows().response_ids, 0.7).logprobs
+        batch = with_column(rows(), "ref_logprobs", [row.tolist() for row in own])
+        for step in range(12):
+            give(worker, with_column(batch, "step", [step] * COUNT))
+            worker.update(step, Controls(kl_coef))
+        now = worker._models.evaluate(batch.prompt_ids, batch.response_ids, 0.7).logprobs
+        return float(np.mean((np.concatenate(now) - np.concatenate(own)) ** 2))
+
+    assert gap(100.0) < gap(0.0) / 10
