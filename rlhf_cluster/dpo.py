@@ -79,7 +79,7 @@ def train(ranks: Ranks, job: DPOJob, report: Report) -> None:
         rate = learning_rate(job.cfg.optimizer, step, total)
         metrics |= {"dpo/grad_norm": engine.step(rate), "dpo/lr": rate, "timing_s/step": time.perf_counter() - began}
         if step + 1 == total:
-            metrics |= evaluate(engine, job, heldout)
+            metrics |= evaluate(engine, job, heldout, metrics.get("dpo/kl", 0.0))
         if ranks.rank == 0:
             report(step, metrics)
     leave_policy(engine, policy.config, job.policy_path, job.model.chat_template, job.output)
@@ -154,12 +154,14 @@ def preference_loss(log_ratios: torch.Tensor, ranks: torch.Tensor, baseline: flo
     return ranking_loss(cfg.beta * log_ratios, ranks, cfg.label_smoothing)
 
 
-def evaluate(engine: TrainEngine, job: DPOJob, reference: Sequence[np.ndarray]) -> dict[str, float]:
-    """Agreement of the policy's own rewards with held-out rankings. A collective."""
+def evaluate(engine: TrainEngine, job: DPOJob, reference: Sequence[np.ndarray], baseline: float) -> dict[str, float]:
+    """The loss on held-out rankings, and how far the policy's own rewards agree with them; KTO's from the `baseline` of
+    the last step. A collective."""
     if not len(job.heldout):
         return {}
     sums = torch.zeros(4, dtype=torch.float64)
     found = _of_rankings(engine, job, job.heldout)
     for own, ref, ranks in zip(found, reference, job.heldout.ranks, strict=True):
-        sums += tally(ranking_loss(job.cfg.beta * torch.from_numpy(own - ref), torch.tensor(ranks.tolist())))
+        log_ratios = torch.from_numpy(own - ref)
+        sums += tally(preference_loss(log_ratios, torch.tensor(ranks.tolist()), baseline, job.cfg))
     return means(sums.tolist(), len(found), "dpo/heldout_")

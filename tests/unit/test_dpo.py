@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
 from rlhf_cluster.config import DPOConfig, EngineConfig, ModelConfig, OptimizerConfig
-from rlhf_cluster.dpo import DPOJob, gradient, refer, train
+from rlhf_cluster.dpo import DPOJob, evaluate, gradient, refer, train
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.models.forward import PolicyModule
@@ -111,6 +112,25 @@ def test_rankings_are_learnt_and_hold_for_prompts_never_seen(
     assert ("dpo/kl" in seen[0]) == (loss == "kto")
     load_policy(tmp_path / "out", torch.float32, "eager")
     assert "dpo/heldout_accuracy" not in seen[0]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto"])
+def test_what_is_held_out_is_measured_by_the_loss_that_is_trained(
+    tiny: Path, one_rank: Ranks, tmp_path: Path, loss: str
+) -> None:
+    """On rankings that are also trained on, the two are one number."""
+    work = job(tiny, tmp_path, loss=loss)
+    work = replace(work, heldout=work.comparisons)
+    trained = engine(tiny, work, one_rank)
+    reference, everything = refer(trained, work), np.arange(len(work.comparisons))
+    gradient(trained, work, everything, reference)
+    trained.step(1e-3)
+    told = gradient(trained, work, everything, reference)
+    found = evaluate(trained, work, reference.of_rankings, told.pop("dpo/kl", 0.0))
+    assert found == pytest.approx(
+        {name.replace("dpo/", "dpo/heldout_"): value for name, value in told.items()}, abs=1e-4
+    )
+    assert abs(told["dpo/margin"]) > 1e-3
 
 
 def test_kto_is_measured_from_the_kl_of_mismatched_pairs(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
