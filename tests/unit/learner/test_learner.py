@@ -627,7 +627,7 @@ def test_a_large_penalty_holds_the_policy_at_the_reference(start: Start) -> None
         worker = start(minibatch_size=COUNT, advantage=AdvantageConfig("reinforce_plus_plus"))
         own = worker._models.evaluate(rows().prompt_ids, rows().response_ids, 0.7).logprobs
         batch = with_column(rows(), "ref_logprobs", [row.tolist() for row in own])
-        for step in range(12):
+        for step in range(6):
             give(worker, with_column(batch, "step", [step] * COUNT))
             worker.update(step, Controls(kl_coef))
         now = worker._models.evaluate(batch.prompt_ids, batch.response_ids, 0.7).logprobs
