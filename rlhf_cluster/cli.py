@@ -14,7 +14,7 @@ from rlhf_cluster.config import ConfigError, RewardPart, RunConfig, load, load_f
 from rlhf_cluster.interrupts import heed_sigterm
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
-DATA_FILES = ("path", "prompts", "demonstrations", "comparisons", "pretraining")
+DATA_FILES = ("path", "prompts", "demonstrations", "comparisons", "heldout_comparisons", "pretraining")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

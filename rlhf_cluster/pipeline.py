@@ -49,8 +49,8 @@ from rlhf_cluster.storage.durable import StorageError, replace_text
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.storage.run_directory import RunDirectory
 from rlhf_cluster.telemetry.calibration import calibration, write_calibration
-from rlhf_cluster.telemetry.comparison import gold_of, write_samples
-from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, Sink
+from rlhf_cluster.telemetry.comparison import ReportError, gold_of, write_samples
+from rlhf_cluster.telemetry.metrics import JsonlSink, MetricError, MetricsLog, Sink
 from rlhf_cluster.telemetry.progress import ConsoleSink, Progress
 from rlhf_cluster.telemetry.quiet import driver_log
 from rlhf_cluster.telemetry.report import COMPARISON_FILE, SAMPLES_FILE, write_report
@@ -117,7 +117,7 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                     for stage in cfg.stages:
                         STAGES[stage](whole)
             except* ppo.GuardrailError:
-                progress.note(f"report: {write_report(path)}")  # it says what led to this
+                _report_a_stop(path, progress)
                 raise
             finally:
                 directory.sweep()
@@ -126,6 +126,14 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
             progress.note(f"report: {write_report(path)}")
             progress.note(f"talk to it: rlhf-cluster chat {path}")
     return path
+
+
+def _report_a_stop(path: Path, progress: Progress) -> None:
+    """The report says what led to it. Where it cannot be made, why the run stopped is still what is raised."""
+    try:
+        progress.note(f"report: {write_report(path)}")
+    except (StorageError, MetricError, ReportError) as error:
+        progress.note(f"there is no report: {error}")
 
 
 def _claimed(path: Path) -> RunDirectory:

@@ -140,7 +140,7 @@ async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, tim
     if not len(batch.rows):
         raise EmptyBatchError(
             f"iteration {step + 1}: none of its {cfg.batch_size} samples has a score to train on ({reasons(batch)}); "
-            "mend the reward, or give it more time (reward.deadline_s)"
+            "mend the reward, or give it more time (reward.deadline_s, cluster.call_timeout_s)"
         )
     return batch
 

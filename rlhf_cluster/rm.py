@@ -70,7 +70,8 @@ class RMEvaluation:
     margins: list[float]  # one per pair: score of the preferred response minus that of the other
 
     def metrics(self) -> dict[str, float]:
-        return {
+        """Without those that this evaluation cannot give: where there are no pairs, or all lengths are equal."""
+        told = {
             "rm/heldout_accuracy": self.accuracy,
             "rm/heldout_accuracy_se": self.accuracy_se,
             "rm/heldout_shorter_accuracy": self.shorter_accuracy,
@@ -78,6 +79,7 @@ class RMEvaluation:
             "rm/heldout_length_controlled_accuracy_se": self.length_controlled_accuracy_se,
             "rm/heldout_margin": self.margin,
         }
+        return {name: value for name, value in told.items() if not math.isnan(value)}
 
     def __str__(self) -> str:
         return (
@@ -184,15 +186,17 @@ def share_by_strata(right: Sequence[np.ndarray], strata: Sequence[Sequence[np.nd
     cluster (a ratio estimator). Not a number where a stratum is empty.
     """
     prompts, shares = len(right), []
+    if not all(any(chosen.any() for chosen in stratum) for stratum in strata):
+        return math.nan, math.nan
     residual = np.zeros(prompts)
     for stratum in strata:
         own = [pairs[chosen] for pairs, chosen in zip(right, stratum, strict=True)]
         count = sum(pairs.size for pairs in own)
-        share = sum(float(pairs.sum()) for pairs in own) / count if count else math.nan
-        residual += np.array([(pairs - share).sum() for pairs in own]) / max(count, 1) / len(strata)
+        share = sum(float(pairs.sum()) for pairs in own) / count
+        residual += np.array([(pairs - share).sum() for pairs in own]) / count / len(strata)
         shares.append(share)
     spread = math.sqrt((residual**2).sum() * prompts / max(prompts - 1, 1))
-    return sum(shares) / len(shares), spread if prompts else math.nan
+    return sum(shares) / len(shares), spread
 
 
 def _right(margins: np.ndarray) -> np.ndarray:

@@ -180,9 +180,10 @@ def _validate_numbers(cfg: RunConfig) -> None:
     fraction = cfg.data.heldout_fraction
     _require(0 <= fraction < 1, f"data.heldout_fraction={fraction}: it must be from 0 up to but not 1")
     _require(
-        not cfg.data.heldout_comparisons or (bool(cfg.data.comparisons) and not cfg.rm.ranking.labeler),
-        f"data.heldout_comparisons={cfg.data.heldout_comparisons} goes with rankings of a file: give data.comparisons "
-        "too, and no rm.ranking.labeler",
+        not cfg.data.heldout_comparisons
+        or (cfg.data.source == "files" and bool(cfg.data.comparisons) and not cfg.rm.ranking.labeler),
+        f"data.heldout_comparisons={cfg.data.heldout_comparisons} goes with rankings of a file: give data=files and "
+        "data.comparisons, and no rm.ranking.labeler",
     )
     _require(0 <= cfg.seed < 1 << 32, f"seed={cfg.seed}: it must be from 0 to {(1 << 32) - 1}")
     least = 1 << 20

@@ -102,7 +102,9 @@ def deduplicate(pool: Pool) -> None:
         if not ranking.decides:
             pool.drops.add(DataError(ranking.prompt.place, ALL_TIED, f"{len(ranking.ranks)} responses of one rank"))
     pool.comparisons = [row for row in pool.comparisons if row.decides]
-    pool.heldout_comparisons = [row for row in pool.heldout_comparisons if row.decides]
+    given, pool.heldout_comparisons = pool.heldout_comparisons, [r for r in pool.heldout_comparisons if r.decides]
+    if given and not pool.heldout_comparisons:
+        raise DataError(given[0].prompt.place, ALL_TIED, f"so are all {len(given)} held-out rankings; give others")
 
 
 def _heldout_groups(pool: Pool, cfg: DataConfig, seed: int) -> set[str]:
@@ -142,6 +144,8 @@ def _refuse_empty(pool: Pool, cfg: DataConfig, *left: Sequence[object]) -> None:
     for (name, rows), rest in zip(had.items(), left, strict=True):
         if rows and not rest:
             seen = f"data.heldout_prompts={cfg.heldout_prompts} and data.heldout_fraction={cfg.heldout_fraction}"
+            if pool.heldout_comparisons:
+                seen = f"data.heldout_prompts={cfg.heldout_prompts} and the prompts of data.heldout_comparisons"
             raise DataError(pool.place, f"no {name} left to train on", f"{seen} set all {len(rows)} aside; lower them")
 
 

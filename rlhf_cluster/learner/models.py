@@ -76,7 +76,7 @@ class ActorCritic:
         self.critic: Critic | NoCritic = NoCritic()
         if critic:
             if critic_path is None:
-                value = ScalarHeadModel.from_policy(policy_path, None, attention, seed=None)
+                value = ScalarHeadModel.silent(policy_path, None, attention)
             else:
                 value = ScalarHeadModel.from_directory(critic_path, None, attention)
             adapters = Adapters(value.body, cfg.lora)

@@ -54,24 +54,32 @@ class ScalarHeadModel(nn.Module):
 
     @classmethod
     def from_policy(
-        cls, path: Path, dtype: torch.dtype | None, attention: str, seed: int | None, layers: int = 0
+        cls, path: Path, dtype: torch.dtype | None, attention: str, seed: int, layers: int = 0
     ) -> ScalarHeadModel:
-        """The body of a causal LM under a new head of bias 0.
+        """A reward model before its training: the body of a causal LM under a new head of weights N(0, 1/(H+1)) by
+        variance and bias 0.
 
-        `seed`: the head is a reward model's, weights N(0, 1/(H+1)) by variance (Stiennon et al. 2020,
-        arXiv:2009.01325, appendix B.1). None: it is a critic's and says 0 everywhere, as in the code of Ziegler et al.
-        2019 (arXiv:1909.08593): differences between values that nothing has taught would be advantages, the same in
-        every batch, and push the policy one way. Of the body's layers the first `layers` stay; 0: all. Raises
-        ModelError where the body has fewer.
+        Stiennon et al. 2020 (arXiv:2009.01325), appendix B.1. Of the body's layers the first `layers` stay; 0: all.
+        Raises ModelError where the body has fewer.
+        """
+        model = cls.silent(path, dtype, attention, layers)
+        deviation = (model.score.in_features + 1) ** -0.5
+        with torch.no_grad():
+            model.score.weight.normal_(0.0, deviation, generator=torch.Generator().manual_seed(seed))
+        return model
+
+    @classmethod
+    def silent(cls, path: Path, dtype: torch.dtype | None, attention: str, layers: int = 0) -> ScalarHeadModel:
+        """A critic before its training, where there is no reward model to start from: it says 0 everywhere.
+
+        As in the code of Ziegler et al. 2019 (arXiv:1909.08593). Differences between values that nothing has taught
+        would be advantages, the same in every batch, and push the policy one way.
         """
         body = load_pretrained(AutoModel, path, dtype, attention, layers=layers)
         score = _empty_head(body.config.hidden_size)
         with torch.no_grad():
             score.weight.zero_()
             score.bias.zero_()
-            if seed is not None:
-                deviation = (score.in_features + 1) ** -0.5
-                score.weight.normal_(0.0, deviation, generator=torch.Generator().manual_seed(seed))
         return cls(body, score)
 
     @classmethod

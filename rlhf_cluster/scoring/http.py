@@ -32,17 +32,22 @@ class HttpCall:
     def __call__(self, samples: Sequence[Sample], deadline_s: float) -> Sequence[Answer]:
         asked = {"samples": [dataclasses.asdict(sample) for sample in samples]}
         try:
-            answer = json.loads(asyncio.run(self._post(json.dumps(asked, default=str), deadline_s)))
+            body = asyncio.run(self._post(json.dumps(asked, default=str), deadline_s))
+        except aiohttp.ConnectionTimeoutError as error:
+            raise CallFailed(f"{self._url}: no connection within {min(CONNECT_S, deadline_s):g} s") from error
         except TimeoutError as error:
             raise CallFailed(f"{self._url} gave no whole answer within {deadline_s:g} s") from error
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise CallFailed(f"{self._url}: {type(error).__name__}") from error
+        try:
+            answer = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise CallFailed(f"{self._url} answered what is not JSON") from error
         return _scores(answer, self._url)
 
     async def _post(self, body: str, deadline_s: float) -> bytes:
-        """The body of the answer. The deadline is of everything: connection, header and body, however slow each."""
+        """The body of the answer. The deadline is of connection, header and body, however slow each; the
+        system looks the server's name up in its own time."""
         timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
         headers = self._headers | {"Content-Type": "application/json"}
         async with (

@@ -67,9 +67,10 @@ class Budget:
     def left(self) -> float:
         return max(0.0, self._end - self._clock())
 
-    def refusal(self) -> str:
-        """Why nothing may be asked now; empty where it may."""
-        return "" if self.left() else f"not asked: the {self._seconds:g} s for the samples that came with it are over"
+    def refusal(self, left: float) -> str:
+        """Why nothing may be asked when `left` is left; empty where something is."""
+        spent = f"the {self._seconds:g} s for the samples that came with it are over"
+        return "" if left else f"not asked: {spent} (raise cluster.call_timeout_s or reward.resources.workers)"
 
 
 class Patient:
@@ -100,39 +101,49 @@ class Patient:
         )
 
     def _batch(self, samples: Sequence[Sample], budget: Budget) -> Verdicts:
-        if refusal := budget.refusal() or self._breaker.refusal():
+        left = budget.left()
+        if refusal := self._breaker.refusal() or budget.refusal(left):
             return Verdicts([0.0] * len(samples), [refusal] * len(samples), [0.0] * len(samples))
-        began = self._clock()
-        try:
-            answers = _checked(self._call(samples, self._deadline_s(len(samples), budget)), len(samples))
-        except CallFailed:
-            answers = [math.nan] * len(samples)
-        each = (self._clock() - began) / len(samples)
-        return _verdicts([self._settled(s, a, each, budget) for s, a in zip(samples, answers, strict=True)])
-
-    def _settled(self, sample: Sample, answer: float, seconds: float, budget: Budget) -> tuple[float, str, float]:
-        """(score, failure, seconds) of one sample, which is asked alone where its batch gave nothing usable."""
         began, failure = self._clock(), ""
+        # Half of what is left stays for those that are then asked alone.
+        most = left / 2 if len(samples) > 1 else left
+        try:
+            answers = _checked(self._call(samples, min(self._patience.deadline_s * len(samples), most)), len(samples))
+        except CallFailed as error:
+            answers, failure = [math.nan] * len(samples), str(error)
+        each = (self._clock() - began) / len(samples)
+        return _verdicts([self._settled(s, a, failure, each, budget) for s, a in zip(samples, answers, strict=True)])
+
+    def _settled(
+        self, sample: Sample, answer: float, failure: str, seconds: float, budget: Budget
+    ) -> tuple[float, str, float]:
+        """(score, failure, seconds) of one sample, which is asked alone where its batch gave nothing usable; `failure`:
+        of the batch."""
+        began, failure = self._clock(), failure or _unusable(answer)
         for attempt in range(self._patience.retries + 1):
-            if math.isfinite(answer):
+            if not failure:
                 break
             if attempt:
                 self._sleep(min(self._patience.backoff_s * 2 ** (attempt - 1), budget.left()))
-            if refusal := budget.refusal() or self._breaker.refusal():
-                return 0.0, failure or refusal, seconds + self._clock() - began
-            answer, failure = self._alone(sample, budget)
+            if refusal := self._breaker.refusal():
+                return 0.0, refusal, seconds + self._clock() - began
+            if not (left := budget.left()):
+                break
+            answer, failure = self._alone(sample, min(self._patience.deadline_s, left))
         self._breaker.tell(failure)
         return (0.0 if failure else answer), failure, seconds + self._clock() - began
 
-    def _deadline_s(self, count: int, budget: Budget) -> float:
-        return min(self._patience.deadline_s * count, budget.left())
-
-    def _alone(self, sample: Sample, budget: Budget) -> tuple[float, str]:
+    def _alone(self, sample: Sample, deadline_s: float) -> tuple[float, str]:
         try:
-            (answer,) = _checked(self._call([sample], self._deadline_s(1, budget)), 1)
+            (answer,) = _checked(self._call([sample], deadline_s), 1)
         except CallFailed as error:
             return math.nan, str(error)
-        return answer, "" if math.isfinite(answer) else f"it gave {answer}"
+        return answer, _unusable(answer)
+
+
+def _unusable(answer: float) -> str:
+    """Why an answer is no score; empty where it is one."""
+    return "" if math.isfinite(answer) else f"it gave {answer}"
 
 
 def _checked(answers: Sequence[Answer], count: int) -> list[float]:

@@ -204,7 +204,6 @@ def function_spec(part: RewardPart) -> FunctionSpec:
 
 
 def _patience(cfg: RewardConfig, concurrency: int, budget_s: float) -> Patience:
-
     return Patience(
         cfg.deadline_s,
         cfg.retries,

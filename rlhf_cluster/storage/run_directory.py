@@ -86,10 +86,12 @@ class RunDirectory(RunLayout):
             raise
 
     def begin_attempt(self) -> None:
-        """Counts this attempt: 1 for the first, each start or resume is one more. Its logs have a directory."""
+        """Counts this attempt: 1 for the first, each start or resume is one more. Its logs have a directory. The
+        report of an attempt before goes: it is the last that a run writes, and says that it is finished."""
         self.attempt = max(self.attempts(), default=0) + 1
         self.attempt_logs = self.logs / f"attempt-{self.attempt}"
         self._make(self.attempt_logs)
+        self.report.unlink(missing_ok=True)
 
     def write_config(self, resolved: str, overrides: Sequence[str]) -> None:
         """Keeps the resolved configuration (YAML text) and the overrides that led to it (`key=value` each)."""

@@ -89,8 +89,15 @@ def _passed(records: Sequence[MetricsRecord], rails: Mapping[str, Any]) -> tuple
         for name, value in record.metrics.items():
             if name.startswith(GUARD):
                 found[name.removeprefix(GUARD)][record.step] = value
-    actions = {name: str(rails.get(name, {}).get("action", "")) for name in found}
-    return tuple(Passed(n, actions[n], tuple(at), tuple(at.values())) for n, at in sorted(found.items()))
+    return tuple(
+        Passed(name, _action(rails, name), tuple(at), tuple(at.values())) for name, at in sorted(found.items())
+    )
+
+
+def _action(rails: Mapping[str, Any], name: str) -> str:
+    """What a rail does; the other settings among them are limits of numbers, which stop the run."""
+    rail = rails.get(name)
+    return str(rail["action"]) if isinstance(rail, Mapping) else "stop"
 
 
 def steps_text(steps: Sequence[int]) -> str:

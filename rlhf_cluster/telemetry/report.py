@@ -84,7 +84,8 @@ class StageSummary:
 def write_report(run_dir: Path) -> Path:
     """Writes `run_dir`/report.html, whole or not at all, and returns its path.
 
-    Raises FileNotFoundError without `metrics.jsonl`, MetricError or ReportError on a file that cannot be read.
+    Raises FileNotFoundError without `metrics.jsonl`, MetricError, ReportError or StorageError on a file that
+    cannot be read.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True

@@ -359,7 +359,10 @@ def test_dynamic_sampling_needs_groups() -> None:
             r"0\.1 of a step of 4 sequences is less",
         ),
         (["stages=[sft]", "sft.select=reward", "reward.parts=[{kind: modle}]"], r"reward\.parts\[0\]\.kind=modle"),
-        (["data.heldout_comparisons=a.jsonl"], r"a\.jsonl goes with rankings of a file: give data\.comparisons too"),
+        (
+            ["data.heldout_comparisons=a.jsonl"],
+            r"a\.jsonl goes with rankings of a file: give data=files and data\.comp",
+        ),
         (["ppo.guardrails.max_skips=0"], r"ppo\.guardrails\.max_skips=0: it must be at least 1"),
         (
             ["reward.parts=[{kind: regex, pattern: a}, {kind: exact}, {kind: length}]", "cluster.call_timeout_s=60"],

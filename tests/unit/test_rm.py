@@ -88,6 +88,9 @@ def test_length_controlled_by_hand() -> None:
     assert by_length.shorter_accuracy == pytest.approx(1 / 3) and by_length.length_controlled_accuracy == 0.5
     one_sided = summarize([np.array([1.0])], [np.array([1.0])])
     assert math.isnan(one_sided.length_controlled_accuracy) and one_sided.accuracy == 1.0
+    assert math.isnan(one_sided.length_controlled_accuracy_se)
+    assert not any("length_controlled" in name for name in one_sided.metrics())
+    assert one_sided.metrics()["rm/heldout_accuracy"] == 1.0 and summarize([], []).metrics() == {}
 
 
 def test_summary_of_one_pair_per_prompt_is_the_binomial_one() -> None:

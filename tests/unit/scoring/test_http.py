@@ -119,18 +119,25 @@ def test_a_header_that_drips_is_bounded_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def drip() -> None:
-            connection, _ = listening.accept()
-            with connection, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), listening.accept()[0] as connection:
                 connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
                 while not stopped.wait(0.05):
                     connection.sendall(b"x")
 
         dripping = threading.Thread(target=drip)
         dripping.start()
-        with pytest.raises(CallFailed, match=r"gave no whole answer within 0\.4 s"):
-            HttpCall(f"http://127.0.0.1:{listening.getsockname()[1]}/score", "")(SAMPLES, 0.4)
-        stopped.set()
-        dripping.join()
+        try:
+            with pytest.raises(CallFailed, match=r"gave no whole answer within 0\.4 s"):
+                HttpCall(f"http://127.0.0.1:{listening.getsockname()[1]}/score", "")(SAMPLES, 0.4)
+        finally:
+            stopped.set()
+            listening.shutdown(socket.SHUT_RDWR)  # where nobody came it would wait for ever
+            dripping.join()
+
+
+def test_a_token_that_no_header_can_hold_is_said(server: Server) -> None:
+    with pytest.raises(CallFailed, match="ValueError"):
+        HttpCall(server.url, "two\nlines")(SAMPLES, 5.0)
 
 
 def test_an_answer_without_end_is_cut_off(server: Server) -> None:

@@ -159,9 +159,42 @@ def test_one_that_hangs_in_every_batch_costs_the_budget_and_no_more() -> None:
     patience = Patience(2.0, 1, 0.5, 99, 30.0, batch_size=4, concurrency=1, budget_s=21.0)
     ask = Patient(call, patience, clock, clock.sleep)
     found = ask(samples("abcdefghij"))
-    # a, b, c and d together 8 s, a alone twice 4.5 s with the pause: 12.5 s; e to h together 8 s more: 0.5 s are left.
+    # a to d together 8 s, a alone twice 2 s with a pause of 0.5 s: 8.5 s of 21 s are left. e to h together half of
+    # that; e alone 2 s, the pause, and the 1.75 s that are left.
     assert clock.now == 21.0
-    assert list(found.scores) == [0.0, 98.0, 99.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    assert found.failures[0] == "no answer within 2 s" and found.failures[4] == "no answer within 0.5 s"
-    assert set(found.failures[5:]) == {"not asked: the 21 s for the samples that came with it are over"}
+    assert list(found.scores) == [0.0, 98.0, 99.0, 100.0, *[0.0] * 6]
+    assert found.failures[0] == "no answer within 2 s" and found.failures[4] == "no answer within 1.75 s"
+    assert set(found.failures[5:8]) == {"no answer within 4.25 s"}  # asked together, and not alone any more
+    assert all(failure.startswith("not asked: the 21 s for the samples that came") for failure in found.failures[8:])
     assert list(ask(samples("bc")).scores) == [98.0, 99.0]  # the next ones have a budget of their own
+
+
+def test_a_batch_leaves_time_to_ask_each_alone() -> None:
+    """However long the deadline is: one that hangs does not cost the others of its batch."""
+
+    def call(batch: Sequence[Sample], deadline_s: float) -> Sequence[Answer]:
+        if any(sample.sample_id == "a" for sample in batch):
+            clock.now += deadline_s
+            raise CallFailed("it hangs")
+        return scores([sample.sample_id for sample in batch])
+
+    clock = Clock()
+    ask = Patient(call, Patience(50.0, 0, 0.0, 99, 30.0, 4, 1, budget_s=60.0), clock, clock.sleep)
+    found = ask(samples("bcda"))
+    assert list(found.scores) == [98.0, 99.0, 100.0, 0.0] and found.failures[3] == "it hangs"
+    assert clock.now == 60.0
+
+
+def test_samples_whose_batch_took_all_the_time_count_for_the_breaker() -> None:
+    """A reward that always hangs costs its budget a few times, not for ever."""
+
+    def call(batch: Sequence[Sample], deadline_s: float) -> Sequence[Answer]:
+        clock.now += deadline_s
+        raise CallFailed("it hangs")
+
+    clock = Clock()
+    ask = Patient(call, Patience(50.0, 0, 0.0, 4, 1000.0, 4, 1, budget_s=60.0), clock, clock.sleep)
+    assert list(ask(samples("abcd")).failures) == ["it hangs"] * 4
+    assert clock.now == 60.0
+    assert ask(samples("e")).failures[0] == "not asked: 4 samples in a row failed, the last: it hangs"
+    assert clock.now == 60.0

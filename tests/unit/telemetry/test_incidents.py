@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 
+from rlhf_cluster.config import load, to_yaml
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.incidents import REASONS, SLOWEST, incidents, range_text, steps_text
 from rlhf_cluster.telemetry.metrics import MetricsRecord
@@ -19,9 +21,14 @@ def test_a_run_without_incidents_has_none(tmp_path: Path) -> None:
 def test_a_guardrail_is_told_with_its_action_and_where_it_was_passed() -> None:
     metrics = [{"guard/kl": 6.0}, {}, {"guard/kl": None, "guard/entropy": 0.1}]
     records = [MetricsRecord("ppo", step, 0.0, 0.0, own) for step, own in enumerate(metrics, 1)]
-    entropy, kl = incidents(records, Path("absent"), {"kl": {"limit": 5.0, "action": "stop"}}).guardrails
-    assert (kl.name, kl.action, kl.steps, kl.values) == ("kl", "stop", (1, 3), (6.0, None))
-    assert (entropy.name, entropy.action, entropy.steps) == ("entropy", "", (3,))
+    rails = yaml.safe_load(to_yaml(load(["ppo.guardrails.kl={limit: 5, action: skip}"])))["ppo"]["guardrails"]
+    entropy, kl = incidents(records, Path("absent"), rails).guardrails
+    assert (kl.name, kl.action, kl.steps, kl.values) == ("kl", "skip", (1, 3), (6.0, None))
+    assert (entropy.name, entropy.action, entropy.steps) == ("entropy", "warn", (3,))
+    (skips,) = incidents(
+        [MetricsRecord("ppo", 9, 0.0, 0.0, {"guard/max_skips": 10.0})], Path("absent"), rails
+    ).guardrails
+    assert (skips.name, skips.action, skips.values) == ("max_skips", "stop", (10.0,))
 
 
 def test_the_page_names_the_most_frequent_and_the_slowest_alone(tmp_path: Path) -> None:
