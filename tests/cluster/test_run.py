@@ -265,7 +265,7 @@ def test_a_run_that_a_guardrail_stops_says_why_and_reports(
     rail = "ppo.guardrails.entropy={limit: 99, action: stop}"
     ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", "stages=[ppo]", *paths, rail)
     assert ended.code == 1
-    assert re.match(r"error: iteration 1 was stopped by ppo\.guardrails \(entropy: [\d.]+ nats per token", ended.err)
+    assert re.match(r"rlhf-cluster: iteration 1 was stopped by ppo\.guardrails \(entropy: [\d.]+ nats per", ended.err)
     assert ended.err.count("\n") == 1
     report = (tmp_path / "run" / "report.html").read_text()
     assert re.search(r"<td>entropy</td><td>stop</td><td>[\d.]+</td><td>1</td>", report)
