@@ -93,8 +93,7 @@ def one_seed(directory: Path, seed: int) -> dict[str, arms.Outcome]:
     policy = f"policy_path={directory / 'sft' / 'stages' / 'sft' / 'policy'}"
     found = {}
     for arm, overrides in ARMS.items():
-        place = directory / "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
-        found[arm] = arms.outcome(arms.run(place, [*given, policy, *overrides]))
+        found[arm] = arms.outcome(arms.run(arms.place(directory, arm), [*given, policy, *overrides]))
     return found
 
 

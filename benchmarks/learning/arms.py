@@ -83,6 +83,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, spread / math.sqrt(len(values))
 
 
+def place(directory: Path, arm: str) -> Path:
+    """Where the run of an arm lies."""
+    return directory / "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
+
+
 def options(**values: object) -> list[str]:
     """`a__b=1` as the override `a.b=1`."""
     return [f"{name.replace('__', '.')}={value}" for name, value in values.items()]

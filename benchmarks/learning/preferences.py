@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_cluster.config import DataConfig, ModelConfig
 from rlhf_cluster.data.rows import ComparisonRow
 from rlhf_cluster.data.sources import load_corpus
-from rlhf_cluster.data.split import Corpus
 from rlhf_cluster.models.build import prepare_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.rm import RMEvaluation, read_evaluation
@@ -100,8 +99,7 @@ def evaluated(directory: Path, name: str, seed: int) -> RMEvaluation:
         f"data.demonstrations={data / 'demonstrations.jsonl'}",
         *variant.options,
     ]
-    place = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
-    return read_evaluation(arms.run(directory / place, options) / "stages" / "rm" / "reward_model")
+    return read_evaluation(arms.run(arms.place(directory, name), options) / "stages" / "rm" / "reward_model")
 
 
 def best(found: dict[str, dict[int, RMEvaluation]]) -> str:
@@ -121,7 +119,7 @@ def write_rows(directory: Path, hh: Path, oasst: Path, seed: int) -> None:
     write(directory / "hh.jsonl", map(as_json, rows))
     write(directory / "longer.jsonl", map(as_json, fitting(own.comparisons, tokenizer, LONGER)))
     write(directory / "pooled.jsonl", map(as_json, [*rows, *fitting(other.comparisons, tokenizer, CONTEXT)]))
-    write(directory / "demonstrations.jsonl", preferred(own, tokenizer))
+    write(directory / "demonstrations.jsonl", map(preferred, rows))
     write(directory / "heldout.jsonl", map(as_json, fitting(own.heldout_comparisons, tokenizer, CONTEXT)))
 
 
@@ -145,12 +143,9 @@ def as_json(row: ComparisonRow) -> dict[str, Any]:
     return {"prompt": turns(row), "completions": ranked}
 
 
-def preferred(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The responses that people preferred, as demonstrations."""
-    return [
-        {"prompt": turns(row), "completion": row.responses[row.ranks.index(min(row.ranks))]}
-        for row in fitting(corpus.comparisons, tokenizer, CONTEXT)
-    ]
+def preferred(row: ComparisonRow) -> dict[str, Any]:
+    """The response that people preferred, as a demonstration."""
+    return {"prompt": turns(row), "completion": row.responses[row.ranks.index(min(row.ranks))]}
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -82,6 +82,11 @@ def rows(step: int = 0) -> ReferencedRollouts:
     )
 
 
+def with_column(batch: ReferencedRollouts, name: str, values: Any) -> ReferencedRollouts:
+    place, field = batch.table.column_names.index(name), batch.table.schema.field(name)
+    return ReferencedRollouts(batch.table.set_column(place, field, pa.array(values, field.type)))
+
+
 @pytest.fixture(scope="module")
 def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reward_model")
@@ -403,8 +408,7 @@ def test_without_a_critic_the_policy_learns_alone(start: Start, kind: str, tmp_p
     worker = start(advantage=AdvantageConfig(kind))
     before = weights(worker)
     assert before and all(name.startswith("policy/") for name in before)
-    pairs = rows().table.set_column(0, "prompt_id", [[f"p{i // 2}" for i in range(COUNT)]])
-    give(worker, ReferencedRollouts(pairs))
+    give(worker, with_column(rows(), "prompt_id", [f"p{i // 2}" for i in range(COUNT)]))
     found = worker.update(0, CONTROLS).metrics
     assert any(not torch.equal(before[name], now) for name, now in weights(worker).items())
     assert not {"critic/vf_loss", "critic/values/mean", "critic/lr", "critic/vf_explained_var"} & found.keys()
@@ -598,11 +602,6 @@ def test_a_gpt2_is_adapted_too(one_rank: Ranks, tmp_path: Path) -> None:
     again = GPT2LMHeadModel(config).eval()
     again.load_state_dict(found, strict=False)
     torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=1e-4)
-
-
-def with_column(batch: ReferencedRollouts, name: str, values: Any) -> ReferencedRollouts:
-    place, field = batch.table.column_names.index(name), batch.table.schema.field(name)
-    return ReferencedRollouts(batch.table.set_column(place, field, pa.array(values, field.type)))
 
 
 COMPARING = ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"]
