@@ -3,38 +3,42 @@
 Nothing else knows Hydra or OmegaConf: what `load` returns is plain dataclasses, treated as constant from then on.
 """
 
+from rlhf_cluster.config.bounds import ConfigError
 from rlhf_cluster.config.loading import conf_directory, differences, load, load_file, to_yaml
-from rlhf_cluster.config.tree import (
-    ADVANTAGES,
+from rlhf_cluster.config.rooms import (
     COMPUTED_REWARDS,
-    GROUP_ADVANTAGES,
-    AdvantageConfig,
-    ClusterConfig,
-    ConfigError,
-    DataConfig,
-    DPOConfig,
     EngineConfig,
-    EvaluationConfig,
     GenerationConfig,
-    GuardrailsConfig,
-    KLConfig,
     LearnerConfig,
-    LoggingConfig,
     LoRAConfig,
-    ModelConfig,
     OptimizerConfig,
-    PPOConfig,
-    PTXConfig,
-    RailConfig,
-    RankingConfig,
     ReferenceConfig,
     Resources,
     RewardConfig,
     RewardPart,
-    RMConfig,
-    RunConfig,
-    SFTConfig,
     WeightsConfig,
+)
+from rlhf_cluster.config.stages import (
+    ADVANTAGES,
+    GROUP_ADVANTAGES,
+    AdvantageConfig,
+    DPOConfig,
+    GuardrailsConfig,
+    KLConfig,
+    PPOConfig,
+    PTXConfig,
+    RailConfig,
+    RankingConfig,
+    RMConfig,
+    SFTConfig,
+)
+from rlhf_cluster.config.tree import (
+    ClusterConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    RunConfig,
     part_names,
     reward_budget_s,
     roles,

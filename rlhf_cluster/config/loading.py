@@ -16,11 +16,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_cluster.config.tree import ConfigError, RunConfig, leaves
+from rlhf_cluster.config.bounds import ConfigError
+from rlhf_cluster.config.tree import RunConfig, leaves
 from rlhf_cluster.config.validation import validate
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGE_HEADER = re.compile(r"^# @package (\S+)")
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def conf_directory() -> Path:
@@ -38,7 +41,6 @@ def load(overrides: Sequence[str], config_name: str = "pipeline") -> RunConfig:
         raise ConfigError(f"there is no stage {config_name!r}; there are {', '.join(_choices('.'))}")
     parsed = [*map(_parsed, overrides)]
     _check_keys(parsed)
-    ConfigStore.instance().store(name="schema", node=RunConfig)
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             tree = compose(config_name, overrides=list(overrides))

@@ -1,0 +1,94 @@
+"""What a key may be, said where the key is: `steps: int = count(100)`.
+
+A bound is kept beside the field of the dataclass; `within_bounds` looks at all of a tree. What relates several keys is
+`validation`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; its message is the one sentence that the user reads."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What holds for an allowed value, and how a refusal says it."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+NOTHING = Bound(lambda value: True, "")
+
+
+def choice(allowed: tuple[object, ...]) -> Bound:
+    return Bound(allowed.__contains__, f"be one of {', '.join(str(one) or 'nothing' for one in allowed)}")
+
+
+def one_of(default: object, *others: object) -> Any:
+    return _bounded(default, choice((default, *others)))
+
+
+def at_least(low: int, default: float) -> Any:
+    return _bounded(default, Bound(lambda value: value >= low, f"be at least {low}"))
+
+
+def count(default: int) -> Any:
+    return at_least(1, default)
+
+
+def not_negative(default: float) -> Any:
+    return _bounded(default, Bound(lambda value: value >= 0, "not be negative"))
+
+
+def positive(default: float) -> Any:
+    return _bounded(default, Bound(lambda value: value > 0, "be above 0"))
+
+
+def share(default: float) -> Any:
+    """From 0 to 1."""
+    return _bounded(default, Bound(lambda value: 0 <= value <= 1, "be between 0 and 1"))
+
+
+def fraction(default: float) -> Any:
+    """A share that is never all."""
+    return _bounded(default, Bound(lambda value: 0 <= value < 1, "be from 0 up to but not 1"))
+
+
+def _bounded(default: object, bound: Bound) -> Any:
+    return field(default=default, metadata={"bound": bound})
+
+
+def within_bounds(node: Any) -> None:
+    """Raises ConfigError on the first key whose value is not allowed. Every float has to be finite."""
+    for key, value, bound in _leaves(node, ""):
+        require(not isinstance(value, float) or math.isfinite(value), f"{key}={value}: it must be a finite number")
+        require(bound.holds(value), f"{key}={value}: it must {bound.words}")
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any, Bound]]:
+    for f in fields(node):
+        key, value = prefix + f.name, getattr(node, f.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{key}.")
+        elif isinstance(value, list) and any(map(is_dataclass, value)):
+            for index, one in enumerate(value):
+                yield from _leaves(one, f"{key}[{index}].")
+        else:
+            yield key, value, f.metadata.get("bound", NOTHING)
+
+
+def require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+def require_one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
+    bound = choice(allowed)
+    require(bound.holds(value), f"{key}={value}: it must {bound.words}")

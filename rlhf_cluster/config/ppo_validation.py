@@ -1,0 +1,165 @@
+"""What stage 3 refuses: batches that do not divide, terms without what they need, guardrails that could not act."""
+
+from __future__ import annotations
+
+import re
+
+from rlhf_cluster.config.bounds import ConfigError, require, require_one_of
+from rlhf_cluster.config.rooms import COMPUTED_REWARDS
+from rlhf_cluster.config.stages import RAIL_ACTIONS
+from rlhf_cluster.config.tree import RunConfig, reward_budget_s
+
+
+def validate_ppo(cfg: RunConfig) -> None:
+    ppo = cfg.ppo
+    require(
+        ppo.batch_size % ppo.samples_per_prompt == 0,
+        f"ppo.samples_per_prompt={ppo.samples_per_prompt} does not divide ppo.batch_size={ppo.batch_size}",
+    )
+    if ppo.batch_size % ppo.minibatch_size:
+        fits = [n for n in range(1, ppo.batch_size + 1) if ppo.batch_size % n == 0]
+        below = max(n for n in fits if n <= ppo.minibatch_size)
+        above = min(n for n in fits if n >= min(ppo.minibatch_size, ppo.batch_size))
+        choice = f"{below} or {above}" if below != above else f"{below}"
+        raise ConfigError(
+            f"ppo.minibatch_size={ppo.minibatch_size} does not divide ppo.batch_size={ppo.batch_size}; use {choice}"
+        )
+    ranks = cfg.learner.resources.workers
+    require(
+        ppo.minibatch_size % ranks == 0,
+        f"learner.resources.workers={ranks} does not divide ppo.minibatch_size={ppo.minibatch_size}; use one of "
+        f"{', '.join(str(n) for n in range(1, ppo.minibatch_size + 1) if ppo.minibatch_size % n == 0)}",
+    )
+    _validate_advantage(cfg)
+    _validate_guardrails(cfg)
+    _validate_kl(cfg)
+    _validate_ptx(cfg)
+    parallel, gpus = cfg.generation.tensor_parallel, cfg.generation.resources.num_gpus
+    require(
+        parallel == 1 or not gpus or parallel == gpus,
+        f"generation.tensor_parallel={parallel} differs from generation.resources.num_gpus={gpus:g}; make them equal",
+    )
+    validate_reward(cfg)
+    no_policy = (
+        "sft" not in cfg.stages and not cfg.policy_path and cfg.model.source == "pretrained" and not cfg.model.path
+    )
+    require(not no_policy, "there is no policy to start from: set policy_path or model.path, or add sft to the stages")
+
+
+def _validate_advantage(cfg: RunConfig) -> None:
+    ppo = cfg.ppo
+    kind = ppo.advantage.kind
+    require(
+        not ppo.advantage.compares_groups or ppo.samples_per_prompt >= 2,
+        f"ppo.samples_per_prompt={ppo.samples_per_prompt}, but ppo.advantage.kind={kind} compares the responses to a "
+        "prompt with each other; use 2 or more",
+    )
+    require(
+        not ppo.dynamic_sampling or ppo.advantage.compares_groups,
+        f"ppo.dynamic_sampling=true, but ppo.advantage.kind={kind} compares no responses; use one that does, as grpo",
+    )
+    require(
+        ppo.advantage.needs_critic or ppo.critic_warmup == 0,
+        f"ppo.critic_warmup={ppo.critic_warmup}, but ppo.advantage.kind={kind} has no critic; use 0",
+    )
+    require(
+        ppo.critic_warmup < ppo.steps,
+        f"ppo.critic_warmup={ppo.critic_warmup} leaves none of ppo.steps={ppo.steps} to the policy; lower it",
+    )
+    longest = cfg.generation.max_response_tokens
+    require(
+        ppo.overlong_buffer <= longest,
+        f"ppo.overlong_buffer={ppo.overlong_buffer} is more than generation.max_response_tokens={longest}; lower it",
+    )
+    require(
+        ppo.result == "policy" or ppo.ema_decay > 0,
+        f"ppo.result={ppo.result}, but ppo.ema_decay={ppo.ema_decay} keeps no average; use a decay as 0.992",
+    )
+
+
+def _validate_kl(cfg: RunConfig) -> None:
+    kl = cfg.ppo.kl
+    if kl.kind == "adaptive":
+        for key, number in (("coef", kl.coef), ("target", kl.target), ("horizon", kl.horizon)):
+            require(number > 0, f"ppo.kl.{key}={number}: with ppo.kl.kind=adaptive it must be above 0")
+        require(
+            kl.horizon > 0.2 * cfg.ppo.batch_size,
+            f"ppo.kl.horizon={kl.horizon}: one batch of {cfg.ppo.batch_size} could turn the coefficient negative; use "
+            f"more than {0.2 * cfg.ppo.batch_size:g}",
+        )
+    if kl.kind == "none":
+        for key, number in (("coef", kl.coef), ("loss_coef", kl.loss_coef)):
+            require(number == 0, f"ppo.kl.{key}={number}, but ppo.kl.kind=none starts no reference; use kl=fixed, or 0")
+    require(
+        cfg.ppo.dual_clip == 0 or cfg.ppo.dual_clip > 1,
+        f"ppo.dual_clip={cfg.ppo.dual_clip}: it must be above 1, or 0 for none",
+    )
+
+
+def _validate_ptx(cfg: RunConfig) -> None:
+    ptx = cfg.ppo.ptx
+    require(
+        ptx.coef == 0 or bool(cfg.data.pretraining),
+        f"ppo.ptx.coef={ptx.coef}, but data.pretraining is empty; name a file of text",
+    )
+    require(
+        ptx.tokens <= cfg.model.context,
+        f"ppo.ptx.tokens={ptx.tokens} is more than model.context={cfg.model.context}; lower it",
+    )
+    require(ptx.tokens != 1, "ppo.ptx.tokens=1: an example of one token has nothing to predict; use 2 or more")
+
+
+def _validate_guardrails(cfg: RunConfig) -> None:
+    rails = cfg.ppo.guardrails
+    for name, rail in rails.rails.items():
+        key = f"ppo.guardrails.{name}"
+        of_samples = name in ("kl", "entropy", "length")
+        if name == "clipfrac":  # the update has been made by then
+            require_one_of(f"{key}.action", rail.action, tuple(one for one in RAIL_ACTIONS if one != "skip"))
+        require(
+            rail.action != "rollback" or not rail.limit or cfg.ppo.save_every > 0,
+            f"{key}.action=rollback, but ppo.save_every=0 leaves no checkpoint to go back to; save some",
+        )
+        require(
+            rail.action != "rollback" or not rail.limit or not of_samples or cfg.ppo.keep_checkpoints != 1,
+            f"{key}.action=rollback looks at samples of a policy that may be the last checkpoint; keep the one before "
+            "too: ppo.keep_checkpoints=2",
+        )
+    require(
+        not rails.length.limit or rails.length.limit > 1,
+        f"ppo.guardrails.length.limit={rails.length.limit}: a factor above 1, or 0 for none",
+    )
+    require(
+        not rails.kl.limit or cfg.ppo.kl.kind != "none",
+        f"ppo.guardrails.kl.limit={rails.kl.limit}, but ppo.kl.kind=none starts no reference; use kl=fixed, or 0",
+    )
+
+
+def validate_reward(cfg: RunConfig) -> None:
+    """Each part has what its kind needs. Whether it can be loaded is seen where it is loaded (`inputs`)."""
+    reward = cfg.reward
+    require(bool(reward.parts), "reward.parts is empty; name at least one, as reward.parts=[{kind: model}]")
+    needs = {"function": "path", "http": "path", "math": "column", "exact": "column"}
+    needs |= {"regex": "pattern", "json_schema": "schema"}
+    for index, part in enumerate(reward.parts):
+        key = f"reward.parts[{index}]"
+        require(
+            re.fullmatch(r"[\w.-]*", part.name) is not None, f"{key}.name={part.name}: only letters, digits, ., _ and -"
+        )
+        if need := needs.get(part.kind):
+            require(bool(getattr(part, need)), f"{key}.{need} is empty; a part of kind {part.kind} needs it")
+        if part.kind == "http":
+            require(
+                re.fullmatch(r"https?://[^\s/]+(/\S*)?", part.path) is not None,
+                f"{key}.path={part.path}: it must be http://HOST:PORT/PATH or https://...",
+            )
+        if part.kind == "model":
+            found = part.path or reward.path or "rm" in cfg.stages
+            require(bool(found), "reward.path is empty and rm is not among the stages: name a reward model's directory")
+    budget = reward_budget_s(cfg)
+    require(
+        reward.deadline_s <= budget or all(part.kind in COMPUTED_REWARDS for part in reward.parts),
+        f"reward.deadline_s={reward.deadline_s:g}: a part has {budget:g} s for all samples that come at once "
+        f"(cluster.call_timeout_s={cfg.cluster.call_timeout_s:g}, a quarter of it shared among the parts); take less, "
+        "or raise cluster.call_timeout_s",
+    )

@@ -1,0 +1,137 @@
+"""Keys of the workers: what they take, how they learn, and what each role of PPO is told.
+
+Where the paper gives a value, that is the default and the comment says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf_cluster.config.bounds import at_least, count, not_negative, one_of, positive
+
+VERIFIERS, PENALTIES = ("math", "exact", "regex", "json_schema"), ("length", "repetition")
+REWARD_KINDS = ("model", "random", "function", "http", *VERIFIERS, *PENALTIES)
+COMPUTED_REWARDS = ("model", "random", *PENALTIES)  # by a scorer itself; the others ask somebody
+
+
+@dataclass
+class Resources:
+    """What one worker of a role takes."""
+
+    workers: int = count(1)  # how many
+    num_cpus: float = positive(0.01)  # logical CPUs that Ray reserves (scheduling only)
+    num_gpus: float = not_negative(0.0)  # GPUs that Ray reserves
+    threads: int = count(1)  # threads that it computes with
+    memory: int = not_negative(0)  # bytes that Ray reserves; 0 reserves none
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = positive(1e-5)  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)  # InstructGPT, appendix C
+    eps: float = positive(1e-8)
+    weight_decay: float = not_negative(0.0)
+    schedule: str = one_of("constant", "cosine", "linear")  # the last two down to `final_lr_ratio`
+    final_lr_ratio: float = not_negative(0.1)  # cosine and linear end at this share of the peak (InstructGPT C.1, C.2)
+    warmup_steps: int = not_negative(0)  # linear from a tenth of the peak (InstructGPT C.4)
+    max_grad_norm: float = not_negative(1.0)
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed, for SFT, reward model and learner alike. Its JSON is derived from this."""
+
+    zero_stage: int = one_of(0, 1, 2, 3)  # 0 with bfloat16 runs as 1, since DeepSpeed accumulates in bfloat16 there
+    tokens_per_micro_batch: int = count(4096)  # memory limit per worker: padded tokens of one forward
+    offload_optimizer: bool = False  # optimizer state in CPU memory (GPU runs)
+
+
+@dataclass
+class GenerationConfig:
+    """The vLLM workers."""
+
+    max_response_tokens: int = count(128)
+    temperature: float = positive(1.0)  # InstructGPT C.4
+    ignore_eos: bool = False  # sample exactly max_response_tokens (benchmarks)
+    max_num_seqs: int = count(64)  # responses that one worker samples at once
+    kv_cache_memory: int = at_least(1 << 20, 1 << 30)  # bytes per worker
+    enforce_eager: bool = True  # no graph capture or compilation: quick to start
+    tensor_parallel: int = count(1)  # GPUs per worker
+    flush_ms: int = not_negative(50)  # what ended within this time leaves as one table
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class RewardPart:
+    """One part of the score: who gives it, and what it weighs."""
+
+    kind: str = one_of(*REWARD_KINDS)  # random is a control: noise from the sample id; length is in tokens,
+    # repetition the share of 3-grams said before: these two with a weight < 0
+    name: str = ""  # in metrics, as reward/<name>; empty: the kind
+    weight: float = 1.0
+    path: str = ""  # model: a directory; empty: reward.path | function: FILE.py:NAME or package.module:NAME | http: URL
+    column: str = "answer"  # math, exact, labels of a function: the prompts' column with the answer
+    pattern: str = ""  # regex
+    schema: str = ""  # json_schema: the file with it
+    on_failure: str = one_of("", "drop", "neutral", "stop")  # of a sample; neutral: reward.neutral_score; empty: stop
+    # where the score is computed here (model, random, length, repetition), drop where somebody is asked
+
+
+@dataclass
+class RewardConfig:
+    """The scoring pool: the score of a response is the weighted sum of its parts."""
+
+    parts: list[RewardPart] = field(default_factory=lambda: [RewardPart()])
+    path: str = ""  # for parts of kind model: a reward model's directory; empty: the one that stage 2 trained
+    tokens_per_micro_batch: int = count(4096)
+    batch_size: int = count(8)  # samples of one call of a function, verifier or server
+    deadline_s: float = positive(10.0)  # for each sample of a call
+    retries: int = not_negative(1)  # of a sample that failed, asked alone
+    backoff_s: float = not_negative(0.5)  # before the first retry; doubles with each
+    breaker_failures: int = count(16)  # samples in a row that failed, after which nothing is asked for
+    # `breaker_s`
+    breaker_s: float = positive(30.0)
+    concurrency: int = count(4)  # http: requests at once of a worker
+    token_env: str = ""  # http: the environment variable that holds a bearer token; empty: none is sent
+    neutral_score: float = 0.0  # of a failed sample under on_failure=neutral
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class ReferenceConfig:
+    """The frozen reference policy."""
+
+    path: str = ""  # empty: the policy that PPO starts from
+    tokens_per_micro_batch: int = count(4096)
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters on all linear layers of policy and critic; the rest is frozen (Hu et al. 2021)."""
+
+    rank: int = not_negative(0)  # 0: none, all weights learn
+    alpha: float = positive(16.0)  # what they add is scaled by alpha / rank
+    publish: str = one_of("merged", "adapter")  # to generation: merged into full weights; adapter: alone, and vLLM
+    # adds them as it samples
+
+
+@dataclass
+class LearnerConfig:
+    """Policy and critic, one DeepSpeed engine each, on every rank."""
+
+    policy: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
+    critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(zero_stage=2))
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass
+class WeightsConfig:
+    """How published weights reach the generation workers."""
+
+    transport: str = one_of("shm")  # shared memory of the learner's node; workers on other nodes fetch from there
+    keep: int = count(2)  # versions kept in the store
