@@ -100,7 +100,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                 controls = control.before(batch.rows.score, learn=gravest(early) in ("", "warn"))
                 with log.timer("update"):
                     stats = await rooms.learner.update(step, controls)
-                alarms = early + rails.after(stats.metrics)
+                alarms = early + rails.after(stats.metrics, early)
                 good = last_good(early, alarms, batch.rows, log)
                 await heed(alarms, good, rooms, stats.weight_version, log)
                 with log.timer("update_weights"):
@@ -190,7 +190,8 @@ def last_good(early: Sequence[Alarm], alarms: Sequence[Alarm], rows: ScoredRollo
 
 
 async def heed(alarms: Sequence[Alarm], good: Checkpoint | None, rooms: Rooms, version: int, log: Log) -> None:
-    """What is due at once: a word, or the policy of the checkpoint `good` as `version`."""
+    """What is due at once: a word, or the policy of the checkpoint `good` as `version`. The KL coefficient stays what
+    it has risen to: that keeps the policy from going the same way again."""
     for alarm in alarms:
         log.warn(f"iteration {version}: guardrail {alarm.name} ({alarm.action}): {alarm.sentence}")
     if good is not None:

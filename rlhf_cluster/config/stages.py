@@ -138,7 +138,7 @@ class GuardrailsConfig:
     clipfrac: RailConfig = field(default_factory=RailConfig)  # share of tokens that the update clipped, at most
     grad_norm: RailConfig = field(default_factory=RailConfig)  # of an optimizer step, before clipping, at most: but for
     # warn, a step beyond it is not taken
-    max_skips: int = count(10)  # updates skipped in a row, for KL, entropy or length, with which the run stops
+    max_skips: int = count(10)  # updates in a row that moved nothing of the policy, with which the run stops
     not_finite: str = one_of("stop", "skip")  # a gradient that is NaN or infinite moves nothing; stop the run, or go on
 
     @property

@@ -44,8 +44,8 @@ def gravest(alarms: Sequence[Alarm]) -> str:
 class Guardrails:
     """One rail for each of `kl`, `entropy`, `length`, `clipfrac` and `grad_norm`.
 
-    `max_skips`: updates skipped in a row, with which it is time to stop: a policy that does not change is likely to
-    stay where it is.
+    `max_skips`: updates in a row that moved no weight of the policy, with which it is time to stop: what led to the
+    first is likely to lead to the next.
     """
 
     def __init__(self, rails: Mapping[str, Rail], max_skips: float = math.inf) -> None:
@@ -68,23 +68,24 @@ class Guardrails:
             apart = tokens - np.concatenate(batch.ref_logprobs)
             kl = float(apart.sum(dtype=np.float64)) / len(batch)
             found.append(self._above("kl", kl, "nats per response from the reference"))
-        alarms = [alarm for alarm in found if alarm is not None]
-        self._skips = self._skips + 1 if gravest(alarms) == "skip" else 0.0
-        if self._skips >= self._max_skips:
-            words = f"{self._skips:.0f} updates in a row were skipped, and a policy that is not updated stays as it is"
-            alarms.append(Alarm("max_skips", "stop", words, self._skips))
-        return alarms
+        return [alarm for alarm in found if alarm is not None]
 
-    def after(self, metrics: Mapping[str, float]) -> list[Alarm]:
-        """Of an update that was made: the learner's own metrics. Without a critic it has no norm; and while the critic
-        warms up alone, or where all was skipped, the policy has no clip fraction."""
+    def after(self, metrics: Mapping[str, float], early: Sequence[Alarm] = ()) -> list[Alarm]:
+        """Of an update that was made or, for an `early` alarm, skipped: the learner's own metrics. Without a critic it
+        has no norm; and while the critic warms up alone, or where all was skipped, the policy has no clip fraction."""
         norms = [metrics[name] for name in ("actor/grad_norm_max", "critic/grad_norm_max") if name in metrics]
         norm = max(norms, default=0.0)
         found = [
             self._above("clipfrac", metrics.get("actor/pg_clipfrac", 0.0), "of the tokens were clipped"),
             self._above("grad_norm", norm, "is the largest gradient norm of a step"),
         ]
-        return [alarm for alarm in found if alarm is not None]
+        alarms = [alarm for alarm in found if alarm is not None]
+        stays = moved_nothing(metrics) and gravest([*early, *alarms]) != "rollback"
+        self._skips = self._skips + 1 if stays else 0.0
+        if self._skips >= self._max_skips:
+            words = f"{self._skips:.0f} updates in a row were skipped, and a policy that is not updated stays as it is"
+            alarms.append(Alarm("max_skips", "stop", words, self._skips))
+        return alarms
 
     def state(self) -> dict[str, float]:
         """All that `restore` needs."""
@@ -104,6 +105,12 @@ class Guardrails:
         passed = rail.limit > 0 and not value >= rail.limit
         said = f"{_number(value)} {words}; the least is {rail.limit:g}"
         return Alarm(name, rail.action, said, value) if passed else None
+
+
+def moved_nothing(metrics: Mapping[str, float]) -> bool:
+    """Whether an update had no minibatch, or took no step of the policy in any. A critic that warms up alone is no such
+    case: no step is missed."""
+    return metrics.get("actor/minibatches_done") == 0 or metrics.get("actor/steps_skipped") == 1
 
 
 def _number(value: float) -> str:

@@ -32,7 +32,7 @@ from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, read_metrics
 from rlhf_cluster.telemetry.timer import Timeline, Timer
 
 STEPS = 3
-GANGS = [(3, 2), (2, 2), (0, 2), (0, 1)]  # ZeRO stage, ranks; the first is opened with the rooms
+GANGS = [(3, 2), (2, 2), (0, 2), (1, 4), (0, 1)]  # ZeRO stage, ranks; the first is opened with the rooms
 SAME = pytest.approx  # metrics of two gangs: float32, added up in another order
 STORY = (
     *("actor/pg_loss", "actor/grad_norm", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"),

@@ -187,7 +187,8 @@ class FakeLearner:
         self.staleness[step] = self.version - min(int(v.min()) for v in rows.weight_versions)
         self.controls.append(controls)
         self.version = step + 1
-        metrics = {"objective/kl": 0.5, "critic/score/mean": float(rows.score.mean())} | self.told.get(step, {})
+        metrics = {"objective/kl": 0.5, "critic/score/mean": float(rows.score.mean())}
+        metrics |= {"actor/minibatches_done": float(controls.learn)} | self.told.get(step, {})
         self.last = UpdateStats(step, self.version, metrics)
         return self.last
 

@@ -96,15 +96,19 @@ def test_the_gravest_action_is_due() -> None:
 
 
 def test_after_so_many_skips_in_a_row_it_is_time_to_stop() -> None:
-    """Nothing that a skipped policy could do would end the skipping."""
-    low, high = batch([[-1.0]]), batch([[-3.0]])
-    rails = Guardrails({"entropy": Rail(2.0, "skip")}, max_skips=3)
-    told = [gravest(rails.before(rows)) for rows in (low, low, high, low, low)]
-    assert told == ["skip", "skip", "", "skip", "skip"]
-    again = Guardrails({"entropy": Rail(2.0, "skip")}, max_skips=3)
+    """For samples (no minibatch was done) or for its gradients (no step was taken): nothing that a policy which is not
+    updated could do would end the skipping."""
+    rails, again = Guardrails({}, max_skips=3), Guardrails({}, max_skips=3)
+    skipped, left_out, moved = (
+        {"actor/minibatches_done": 0.0},
+        {"actor/minibatches_done": 1.0, "actor/steps_skipped": 1.0},
+        {"actor/minibatches_done": 1.0, "actor/steps_skipped": 0.5},
+    )
+    critic_alone = {"actor/minibatches_done": 1.0}
+    assert not any(rails.after(told) for told in (skipped, left_out, moved, skipped, critic_alone, left_out, skipped))
     again.restore(rails.state())
-    entropy, skips = again.before(low)
-    assert (entropy.action, skips.name, skips.action, skips.value) == ("skip", "max_skips", "stop", 3.0)
+    (skips,) = again.after(left_out)
+    assert (skips.name, skips.action, skips.value) == ("max_skips", "stop", 3.0)
     assert skips.sentence.startswith("3 updates in a row were skipped")
-    warned = Guardrails({"entropy": Rail(2.0, "warn")}, max_skips=1)
-    assert gravest(warned.before(low)) == "warn"
+    rolled_back = [Alarm("kl", "rollback", "", 1.0)]
+    assert not any(rails.after(skipped, rolled_back) for _ in range(3)), "another policy each time"
