@@ -38,6 +38,7 @@ STORY = (
     *("actor/pg_loss", "actor/grad_norm", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"),
     *("critic/vf_loss", "critic/grad_norm", "critic/vf_clipfrac", "critic/vf_explained_var", "critic/advantages/max"),
     *("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "response_length/mean"),
+    "ptx/loss",
 )
 
 
@@ -103,6 +104,13 @@ def with_gang(cfg: RunConfig, stage: int, ranks: int) -> RunConfig:
     return dataclasses.replace(cfg, learner=dataclasses.replace(cfg.learner, engine=engine, resources=resources))
 
 
+def some_text(directory: Path) -> Path:
+    """For the pretraining mix."""
+    path = directory / "text.txt"
+    path.write_text("\n\n".join(f"Line {n} has {n * n} words less one." for n in range(40)))
+    return path
+
+
 @pytest.fixture(scope="module")
 def runner() -> Iterator[asyncio.Runner]:
     with asyncio.Runner() as one:
@@ -122,11 +130,14 @@ def scene(
         *(f"ppo.steps={STEPS}", "ppo.samples_per_prompt=2", "ppo.epochs=2"),
         *("learner.policy.lr=1e-3", "learner.critic.lr=1e-3", "learner.engine.tokens_per_micro_batch=400"),
         *("generation.resources.workers=2", "reward.resources.workers=2"),
+        *("ppo.ptx.coef=0.5", "ppo.ptx.ratio=1", "ppo.ptx.tokens=24", "ppo.ema_decay=0.5"),
+        f"data.pretraining={some_text(tmp_path_factory.mktemp('text'))}",
     )
-    logs, paths = tmp_path_factory.mktemp("logs"), PPOInputs(policy, policy, reward_model)
+    inputs = load_inputs(cfg)
+    logs, paths = tmp_path_factory.mktemp("logs"), PPOInputs(policy, policy, reward_model, inputs.pretraining)
     opening = open_rooms(with_gang(cfg, *GANGS[0]), Attempt("test-ppo", 1, logs), paths)
     opened = runner.run(opening.__aenter__())
-    yield Scene(cfg, load_inputs(cfg).prompts, paths, opened, logs)
+    yield Scene(cfg, inputs.prompts, paths, opened, logs)
     runner.run(opening.__aexit__(None, None, None))
 
 
@@ -229,9 +240,9 @@ def test_in_bfloat16_learner_and_vllm_differ_by_rounding(
 
 
 def distance(some: Trained, other: Trained) -> float:
-    """The largest difference between two final policies and critics."""
+    """The largest difference between two final policies, critics and averages of the policy."""
     largest = 0.0
-    for model in ("policy", "critic"):
+    for model in ("policy", "critic", "ema"):
         mine, theirs = (
             load_file(which.checkpoints.directory / f"step-{STEPS}" / model / "model.safetensors")
             for which in (some, other)
