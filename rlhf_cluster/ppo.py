@@ -100,7 +100,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                 controls = control.before(batch.rows.score, learn=gravest(early) in ("", "warn"))
                 with log.timer("update"):
                     stats = await rooms.learner.update(step, controls)
-                alarms = early + rails.after(stats.metrics, early)
+                alarms = early + rails.after(stats.metrics)
                 good = last_good(early, alarms, batch.rows, log)
                 await heed(alarms, good, rooms, stats.weight_version, log)
                 with log.timer("update_weights"):
@@ -190,8 +190,8 @@ def last_good(early: Sequence[Alarm], alarms: Sequence[Alarm], rows: ScoredRollo
 
 
 async def heed(alarms: Sequence[Alarm], good: Checkpoint | None, rooms: Rooms, version: int, log: Log) -> None:
-    """What is due at once: a word, or the policy of the checkpoint `good` as `version`. The KL coefficient stays what
-    it has risen to: that keeps the policy from going the same way again."""
+    """What is due at once: a word, or the policy of the checkpoint `good` as `version`. An adaptive KL
+    coefficient stays where it is: that keeps the policy from going the same way again."""
     for alarm in alarms:
         log.warn(f"iteration {version}: guardrail {alarm.name} ({alarm.action}): {alarm.sentence}")
     if good is not None:
@@ -205,7 +205,8 @@ def stop_where_due(alarms: Sequence[Alarm], good: Checkpoint | None, version: in
     """The end, once the iteration that led to it is on record; its checkpoint is not written."""
     action = gravest(alarms)
     if action == "stop" or (action == "rollback" and good is None):
-        told = "; ".join(f"{alarm.name}: {alarm.sentence}" for alarm in alarms if alarm.action == action)
+        first = sorted(alarms, key=lambda alarm: alarm.action != action)  # and what else there was
+        told = "; ".join(f"{alarm.name}: {alarm.sentence}" for alarm in first)
         none = " and there is no checkpoint of a policy before it to go back to" if action == "rollback" else ""
         raise GuardrailError(f"iteration {version} was stopped by ppo.guardrails ({told}){none}")
 

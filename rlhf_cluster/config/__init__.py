@@ -3,21 +3,8 @@
 Nothing else knows Hydra or OmegaConf: what `load` returns is plain dataclasses, treated as constant from then on.
 """
 
-from rlhf_cluster.config.bounds import ConfigError
 from rlhf_cluster.config.loading import conf_directory, differences, load, load_file, to_yaml
-from rlhf_cluster.config.rooms import (
-    COMPUTED_REWARDS,
-    EngineConfig,
-    GenerationConfig,
-    LearnerConfig,
-    LoRAConfig,
-    OptimizerConfig,
-    ReferenceConfig,
-    Resources,
-    RewardConfig,
-    RewardPart,
-    WeightsConfig,
-)
+from rlhf_cluster.config.refusal import ConfigError
 from rlhf_cluster.config.stages import (
     ADVANTAGES,
     GROUP_ADVANTAGES,
@@ -44,6 +31,19 @@ from rlhf_cluster.config.tree import (
     roles,
 )
 from rlhf_cluster.config.validation import validate
+from rlhf_cluster.config.workers import (
+    COMPUTED_REWARDS,
+    EngineConfig,
+    GenerationConfig,
+    LearnerConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    Resources,
+    RewardConfig,
+    RewardPart,
+    WeightsConfig,
+)
 
 __all__ = [
     "ADVANTAGES",

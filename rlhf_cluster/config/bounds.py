@@ -1,7 +1,7 @@
 """What a key may be, said where the key is: `steps: int = count(100)`.
 
-A bound is kept beside the field of the dataclass; `within_bounds` looks at all of a tree. What relates several keys is
-`validation`'s.
+A bound is kept beside the field of the dataclass; `within_bounds` looks at all of a tree. What takes words of its own,
+or relates several keys, is `validation`'s.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; its message is the one sentence that the user reads."""
+from rlhf_cluster.config.refusal import require
 
 
 @dataclass(frozen=True)
@@ -24,15 +22,11 @@ class Bound:
     words: str
 
 
-NOTHING = Bound(lambda value: True, "")
+ANYTHING = Bound(lambda value: True, "")
 
 
-def choice(allowed: tuple[object, ...]) -> Bound:
-    return Bound(allowed.__contains__, f"be one of {', '.join(str(one) or 'nothing' for one in allowed)}")
-
-
-def one_of(default: object, *others: object) -> Any:
-    return _bounded(default, choice((default, *others)))
+def one_of(*allowed: object, default: object) -> Any:
+    return _bounded(default, _choice(allowed))
 
 
 def at_least(low: int, default: float) -> Any:
@@ -61,34 +55,34 @@ def fraction(default: float) -> Any:
     return _bounded(default, Bound(lambda value: 0 <= value < 1, "be from 0 up to but not 1"))
 
 
+def _choice(allowed: tuple[object, ...]) -> Bound:
+    return Bound(allowed.__contains__, f"be one of {', '.join(str(one) or 'nothing' for one in allowed)}")
+
+
 def _bounded(default: object, bound: Bound) -> Any:
     return field(default=default, metadata={"bound": bound})
 
 
-def within_bounds(node: Any) -> None:
+def bounded_leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Bound]]:
+    """(key, value, bound) of everything in a tree that is not a section."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            yield from bounded_leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value, f.metadata.get("bound", ANYTHING)
+
+
+def within_bounds(node: Any, prefix: str = "") -> None:
     """Raises ConfigError on the first key whose value is not allowed. Every float has to be finite."""
-    for key, value, bound in _leaves(node, ""):
+    for key, value, bound in bounded_leaves(node, prefix):
         require(not isinstance(value, float) or math.isfinite(value), f"{key}={value}: it must be a finite number")
         require(bound.holds(value), f"{key}={value}: it must {bound.words}")
-
-
-def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any, Bound]]:
-    for f in fields(node):
-        key, value = prefix + f.name, getattr(node, f.name)
-        if is_dataclass(value):
-            yield from _leaves(value, f"{key}.")
-        elif isinstance(value, list) and any(map(is_dataclass, value)):
-            for index, one in enumerate(value):
-                yield from _leaves(one, f"{key}[{index}].")
-        else:
-            yield key, value, f.metadata.get("bound", NOTHING)
-
-
-def require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ConfigError(sentence)
+        for index, one in enumerate(value if isinstance(value, list) else ()):
+            if is_dataclass(one):
+                within_bounds(one, f"{key}[{index}].")
 
 
 def require_one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
-    bound = choice(allowed)
+    bound = _choice(allowed)
     require(bound.holds(value), f"{key}={value}: it must {bound.words}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,14 +17,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_cluster.config.bounds import ConfigError
+from rlhf_cluster.config.refusal import ConfigError
 from rlhf_cluster.config.tree import RunConfig, leaves
 from rlhf_cluster.config.validation import validate
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGE_HEADER = re.compile(r"^# @package (\S+)")
-
-ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def conf_directory() -> Path:
@@ -39,6 +38,7 @@ def load(overrides: Sequence[str], config_name: str = "pipeline") -> RunConfig:
     """
     if not (conf_directory() / f"{config_name}.yaml").is_file():
         raise ConfigError(f"there is no stage {config_name!r}; there are {', '.join(_choices('.'))}")
+    _store_schema()
     parsed = [*map(_parsed, overrides)]
     _check_keys(parsed)
     try:
@@ -86,6 +86,12 @@ def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
     old = dict(leaves(before))
     changed = [(key, new) for key, new in leaves(cfg) if new != old[key] and not may_change.fullmatch(key)]
     return [f"{key}={_short(new)}, was {_short(old[key])}" for key, new in changed]
+
+
+@functools.cache
+def _store_schema() -> None:
+    """What the primary configs have as their first default."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def _short(value: object) -> str:

@@ -1,13 +1,13 @@
-"""What stage 3 refuses: batches that do not divide, terms without what they need, guardrails that could not act."""
+"""What stage 3 refuses: batches that do not divide, terms without what they need, guardrails that could not act, scores
+that nobody gives (which SFT may ask for too)."""
 
 from __future__ import annotations
 
 import re
 
-from rlhf_cluster.config.bounds import ConfigError, require, require_one_of
-from rlhf_cluster.config.rooms import COMPUTED_REWARDS
-from rlhf_cluster.config.stages import RAIL_ACTIONS
+from rlhf_cluster.config.refusal import ConfigError, require
 from rlhf_cluster.config.tree import RunConfig, reward_budget_s
+from rlhf_cluster.config.workers import COMPUTED_REWARDS
 
 
 def validate_ppo(cfg: RunConfig) -> None:
@@ -114,8 +114,6 @@ def _validate_guardrails(cfg: RunConfig) -> None:
     for name, rail in rails.rails.items():
         key = f"ppo.guardrails.{name}"
         of_samples = name in ("kl", "entropy", "length")
-        if name == "clipfrac":  # the update has been made by then
-            require_one_of(f"{key}.action", rail.action, tuple(one for one in RAIL_ACTIONS if one != "skip"))
         require(
             rail.action != "rollback" or not rail.limit or cfg.ppo.save_every > 0,
             f"{key}.action=rollback, but ppo.save_every=0 leaves no checkpoint to go back to; save some",

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rlhf_cluster.config.bounds import at_least, count, fraction, not_negative, one_of, positive, share
-from rlhf_cluster.config.rooms import EngineConfig, OptimizerConfig, Resources
+from rlhf_cluster.config.workers import EngineConfig, OptimizerConfig, Resources
 
 RAIL_ACTIONS = ("warn", "skip", "rollback", "stop")
+LATE_RAIL_ACTIONS = tuple(action for action in RAIL_ACTIONS if action != "skip")
 GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 ADVANTAGES = ("gae", "reinforce_plus_plus", *GROUP_ADVANTAGES)
 
@@ -25,8 +26,8 @@ class SFTConfig:
     dropout: float = fraction(0.0)  # on what each layer adds to the residual stream; 0.2 in InstructGPT C.1
     pretraining_share: float = fraction(0.0)  # of a step's sequences that are text from data.pretraining; 0.1 in
     # InstructGPT C.3
-    select: str = one_of("last", "reward")  # last: the last epoch's policy goes on; reward: that of the epoch whose
-    # samples for held-out prompts score highest (InstructGPT C.1)
+    select: str = one_of("last", "reward", default="last")  # last: the last epoch's policy goes on; reward: that of
+    # the epoch whose samples for held-out prompts score highest (InstructGPT C.1)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9.65e-6, schedule="cosine"))
     engine: EngineConfig = field(default_factory=EngineConfig)
     resources: Resources = field(default_factory=Resources)
@@ -41,10 +42,10 @@ class SFTConfig:
 class RankingConfig:
     """Comparisons that a labeler makes from the policy's own samples, where no human rankings are given."""
 
-    labeler: str = one_of("", "vader", "exact", "letters")  # empty: comparisons come from data; vader: the sentiment
-    # lexicon; exact: who knows the answer (data.answer_column); letters: for tests
+    labeler: str = one_of("", "vader", "exact", "letters", default="")  # empty: comparisons come from data; vader:
+    # the sentiment lexicon; exact: who knows the answer (data.answer_column); letters: for tests
     prompts: int = count(128)  # prompts whose samples are ranked
-    responses: int = at_least(2, 4)  # K, responses ranked per prompt
+    responses: int = at_least(2, default=4)  # K, responses ranked per prompt
     tie_margin: float = not_negative(0.05)  # labeler scores closer than this are a tie
 
 
@@ -66,7 +67,7 @@ class RMConfig:
 class DPOConfig:
     """Learning from the comparisons without a reward model; the policy that it starts from is the reference."""
 
-    loss: str = one_of("dpo", "ipo", "kto")
+    loss: str = one_of("dpo", "ipo", "kto", default="dpo")
     beta: float = positive(0.1)  # how dear it is to leave the reference (Rafailov et al. 2023)
     label_smoothing: float = 0.0  # dpo: share of pairs taken to be ranked the wrong way round
     epochs: int = count(1)
@@ -82,20 +83,21 @@ class DPOConfig:
 class KLConfig:
     """The penalty for leaving the reference policy (InstructGPT eq. 2)."""
 
-    kind: str = one_of("fixed", "adaptive", "none")  # adaptive: steers towards `target`; none: no reference is started
+    kind: str = one_of("fixed", "adaptive", "none", default="fixed")  # adaptive: steers towards `target`; none: no
+    # reference is started
     coef: float = not_negative(0.02)  # beta; 0.02 in InstructGPT C.4; adaptive: where it begins
-    estimator: str = one_of("k1", "k2", "k3")  # of the KL in the rewards; k1 is the papers'
+    estimator: str = one_of("k1", "k2", "k3", default="k1")  # of the KL in the rewards; k1 is the papers'
     target: float = 6.0  # adaptive: nats per response; lm-human-preferences
     horizon: int = 10_000  # adaptive: responses over which it corrects itself; lm-human-preferences
     loss_coef: float = not_negative(0.0)  # of a KL term in the policy's loss, beside the penalty in the rewards
-    loss_estimator: str = one_of("k3", "k2")  # of that term
+    loss_estimator: str = one_of("k2", "k3", default="k3")  # of that term
 
 
 @dataclass
 class AdvantageConfig:
     """How rewards become advantages. All but `gae` do without a critic: none is started."""
 
-    kind: str = one_of(*ADVANTAGES)
+    kind: str = one_of(*ADVANTAGES, default="gae")
     gamma: float = share(1.0)  # InstructGPT C.4: no discount
     lam: float = share(0.95)  # gae; not in the paper: lm-human-preferences
     whiten: bool = True  # not in the paper: lm-human-preferences
@@ -125,7 +127,15 @@ class RailConfig:
     """A limit and what is done beyond it."""
 
     limit: float = not_negative(0.0)  # 0: not watched
-    action: str = one_of(*RAIL_ACTIONS)  # skip the update, rollback to a checkpoint's policy, stop the run
+    action: str = one_of(*RAIL_ACTIONS, default="warn")  # skip the update, rollback to a checkpoint's policy, stop
+    # the run
+
+
+@dataclass
+class LateRailConfig(RailConfig):
+    """Of what is seen when the update has been made, and cannot be skipped any more."""
+
+    action: str = one_of(*LATE_RAIL_ACTIONS, default="warn")
 
 
 @dataclass
@@ -135,11 +145,12 @@ class GuardrailsConfig:
     kl: RailConfig = field(default_factory=RailConfig)  # nats per response from the reference, at most
     entropy: RailConfig = field(default_factory=RailConfig)  # nats per token, at least
     length: RailConfig = field(default_factory=RailConfig)  # mean length as a factor of the first batch's, either way
-    clipfrac: RailConfig = field(default_factory=RailConfig)  # share of tokens that the update clipped, at most
+    clipfrac: LateRailConfig = field(default_factory=LateRailConfig)  # share of tokens that the update clipped, at most
     grad_norm: RailConfig = field(default_factory=RailConfig)  # of an optimizer step, before clipping, at most: but for
     # warn, a step beyond it is not taken
-    max_skips: int = count(10)  # updates in a row that moved nothing of the policy, with which the run stops
-    not_finite: str = one_of("stop", "skip")  # a gradient that is NaN or infinite moves nothing; stop the run, or go on
+    max_skips: int = count(10)  # updates in a row that moved no weight, with which the run stops
+    not_finite: str = one_of("skip", "stop", default="stop")  # a gradient that is NaN or infinite moves nothing: go
+    # on, up to `max_skips`, or stop
 
     @property
     def rails(self) -> dict[str, RailConfig]:
@@ -159,10 +170,11 @@ class PPOConfig:
     max_refill: int = not_negative(1)  # rounds in which new prompts take the places of samples that failed or were
     # filtered
     dynamic_sampling: bool = False  # a prompt whose responses all score alike is filtered (DAPO)
-    loss_mean: str = one_of("token", "response", "constant")  # policy loss of a minibatch: token, the mean over its
-    # tokens; response, over responses of the mean over their tokens (GRPO); constant, the sum by responses x
-    # max_response_tokens (Dr. GRPO)
-    ratio: str = one_of("token", "response")  # of probabilities, of each token or (GSPO) of each response
+    loss_mean: str = one_of("token", "response", "constant", default="token")  # policy loss of a minibatch: token,
+    # the mean over its tokens; response, over responses of the mean over their tokens (GRPO); constant, the sum by
+    # responses x max_response_tokens (Dr. GRPO)
+    ratio: str = one_of("token", "response", default="token")  # of probabilities, of each token or (GSPO) of each
+    # response
     clip: float = positive(0.2)  # ratio clip
     clip_high: float = not_negative(0.0)  # upper ratio clip, where it differs (DAPO: 0.28); 0: as `clip`
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative (Ye et al. 2020: 3); 0: none
@@ -172,8 +184,8 @@ class PPOConfig:
     critic_warmup: int = not_negative(0)  # first iterations in which the critic alone learns
     value_clip: float = not_negative(0.2)  # not in the paper: lm-human-preferences
     value_coef: float = 1.0  # scales the value loss; policy and critic have their own optimizers
-    missing_eos: str = one_of("subtract", "replace")  # of a response without EOS: subtract the penalty from its score,
-    # or replace the score by -penalty
+    missing_eos: str = one_of("subtract", "replace", default="subtract")  # of a response without EOS: subtract the
+    # penalty from its score, or replace the score by -penalty
     missing_eos_penalty: float = not_negative(0.0)
     score_norm: bool = False  # scores are brought to mean 0 and deviation 1 by those of all batches so far
     overlong_buffer: int = not_negative(0)  # last tokens of max_response_tokens, in which length costs more and more
@@ -182,7 +194,8 @@ class PPOConfig:
     score_clip: float = not_negative(0.0)  # scores are clipped to +-this, after `score_norm`; 0: not clipped
     ema_decay: float = fraction(0.0)  # of an average of the policy's weights over optimizer steps; 0.992 in InstructGPT
     # C.4; 0: none
-    result: str = one_of("policy", "ema")  # what is compared with the policy before, talked to and exported
+    result: str = one_of("policy", "ema", default="policy")  # what is compared with the policy before, talked to and
+    # exported
     max_staleness: int = not_negative(0)  # versions that a batch may be behind when the learner uses it
     save_every: int = not_negative(0)  # checkpoint every so many steps; 0: only at the end
     keep_checkpoints: int = not_negative(0)  # newest checkpoints that stay; 0: all

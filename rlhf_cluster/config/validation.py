@@ -1,15 +1,16 @@
 """What is refused before anything starts, each with one sentence that has the offending numbers.
 
-What a key may be by itself stands beside it (`bounds`); what relates several keys stands here, for stage 3 in
-`ppo_validation`.
+What a key may be by itself stands beside it where a bound can say it (`bounds`); what takes words of its own or relates
+several keys stands here, and for stage 3 in `ppo_validation`.
 """
 
 from __future__ import annotations
 
 import re
 
-from rlhf_cluster.config.bounds import require, require_one_of, within_bounds
+from rlhf_cluster.config.bounds import require_one_of, within_bounds
 from rlhf_cluster.config.ppo_validation import validate_ppo, validate_reward
+from rlhf_cluster.config.refusal import require
 from rlhf_cluster.config.tree import STAGES, RunConfig, optimizers
 
 

@@ -44,8 +44,8 @@ def gravest(alarms: Sequence[Alarm]) -> str:
 class Guardrails:
     """One rail for each of `kl`, `entropy`, `length`, `clipfrac` and `grad_norm`.
 
-    `max_skips`: updates in a row that moved no weight of the policy, with which it is time to stop: what led to the
-    first is likely to lead to the next.
+    `max_skips`: updates in a row that moved no weight, with which it is time to stop: what led to the first is likely
+    to lead to the next.
     """
 
     def __init__(self, rails: Mapping[str, Rail], max_skips: float = math.inf) -> None:
@@ -70,9 +70,9 @@ class Guardrails:
             found.append(self._above("kl", kl, "nats per response from the reference"))
         return [alarm for alarm in found if alarm is not None]
 
-    def after(self, metrics: Mapping[str, float], early: Sequence[Alarm] = ()) -> list[Alarm]:
-        """Of an update that was made or, for an `early` alarm, skipped: the learner's own metrics. Without a critic it
-        has no norm; and while the critic warms up alone, or where all was skipped, the policy has no clip fraction."""
+    def after(self, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Of an update that was made or skipped: the learner's own metrics. Without a critic it has no norm; and while
+        the critic warms up alone, or where all was skipped, the policy has no clip fraction."""
         norms = [metrics[name] for name in ("actor/grad_norm_max", "critic/grad_norm_max") if name in metrics]
         norm = max(norms, default=0.0)
         found = [
@@ -80,10 +80,12 @@ class Guardrails:
             self._above("grad_norm", norm, "is the largest gradient norm of a step"),
         ]
         alarms = [alarm for alarm in found if alarm is not None]
-        stays = moved_nothing(metrics) and gravest([*early, *alarms]) != "rollback"
-        self._skips = self._skips + 1 if stays else 0.0
+        self._skips = self._skips + 1 if moved_nothing(metrics) else 0.0
         if self._skips >= self._max_skips:
-            words = f"{self._skips:.0f} updates in a row were skipped, and a policy that is not updated stays as it is"
+            words = (
+                f"{self._skips:.0f} updates in a row moved no weight, for samples or gradients beyond a guardrail, or "
+                "gradients that are not finite; the metrics of these iterations say which"
+            )
             alarms.append(Alarm("max_skips", "stop", words, self._skips))
         return alarms
 
@@ -108,9 +110,9 @@ class Guardrails:
 
 
 def moved_nothing(metrics: Mapping[str, float]) -> bool:
-    """Whether an update had no minibatch, or took no step of the policy in any. A critic that warms up alone is no such
-    case: no step is missed."""
-    return metrics.get("actor/minibatches_done") == 0 or metrics.get("actor/steps_skipped") == 1
+    """Whether an update did no minibatch, or took no step in any, of the policy or of the critic."""
+    skipped = [metrics[name] for name in ("actor/steps_skipped", "critic/steps_skipped") if name in metrics]
+    return metrics.get("actor/minibatches_done") == 0 or min(skipped, default=0.0) == 1
 
 
 def _number(value: float) -> str:

@@ -4,6 +4,6 @@ A finished stage is never run again: a run that was cut off goes on from its las
 last checkpoint. This room wires; what is learnt stands in `sft.py`, `rm.py`, `dpo.py` and `ppo.py`.
 """
 
-from rlhf_cluster.pipeline.whole import roles_at_once, run
+from rlhf_cluster.pipeline.runner import roles_at_once, run
 
 __all__ = ["roles_at_once", "run"]

@@ -81,12 +81,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Ray must not be reached; SIGTERM, which the command takes for itself, is given back."""
-    from rlhf_cluster.pipeline import whole
+    from rlhf_cluster.pipeline import runner
 
     def reached(*_: Any) -> None:
         raise AssertionError("Ray was reached")
 
-    monkeypatch.setattr(whole, "ray_session", reached)
+    monkeypatch.setattr(runner, "ray_session", reached)
     monkeypatch.setenv("RLHF_CLUSTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = signal.getsignal(signal.SIGTERM)

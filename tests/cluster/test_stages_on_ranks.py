@@ -1,4 +1,4 @@
-"""SFT, reward model and DPO on one rank, on two and on four, at every ZeRO stage: the same weights.
+"""SFT, reward model and DPO on one rank, on two and on four, at one ZeRO stage or another: the same weights.
 
 Real processes over gloo on the loopback, float32. What differs is the order in which sums are added up.
 """

@@ -462,9 +462,22 @@ def test_a_rail_that_skips_for_ever_stops(tmp_path: Path) -> None:
     (error,) = leaves(raised.value)
     assert isinstance(error, ppo.GuardrailError)
     assert str(error).startswith(
-        "iteration 2 was stopped by ppo.guardrails (max_skips: 2 updates in a row were skipped"
+        "iteration 2 was stopped by ppo.guardrails (max_skips: 2 updates in a row moved no weight"
     )
+    assert "; entropy: " in str(error), "what led to it"
     assert [controls.learn for controls in run.fakes.learner.controls] == [False, False]
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_steps_that_are_never_taken_stop(tmp_path: Path, action: str) -> None:
+    """Going back to the checkpoint of the very policy whose gradients were refused is no way out either."""
+    run = RunOfLoop(tmp_path)
+    refused = {"actor/grad_norm_max": 9.0, "actor/steps_skipped": 1.0, "critic/steps_skipped": 1.0}
+    run.fakes.learner.told = dict.fromkeys(range(1, STEPS), refused)
+    with pytest.raises(BaseExceptionGroup) as raised:
+        run(save_every=1, guardrails=GuardrailsConfig(grad_norm=RailConfig(5.0, action), max_skips=2))
+    (error,) = leaves(raised.value)
+    assert isinstance(error, ppo.GuardrailError) and str(error).startswith("iteration 3 was stopped")
 
 
 def test_a_rail_that_stops_names_itself_and_leaves_the_checkpoint(tmp_path: Path) -> None:

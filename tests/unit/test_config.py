@@ -210,7 +210,7 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
             {"ppo": config.PPOConfig(kl=config.KLConfig("adaptive", 0.0))},
             r"with ppo\.kl\.kind=adaptive it must be above 0",
         ),
-        ({"ppo": config.PPOConfig(kl=config.KLConfig(loss_estimator="k1"))}, r"loss_estimator=k1: .* one of k3, k2"),
+        ({"ppo": config.PPOConfig(kl=config.KLConfig(loss_estimator="k1"))}, r"loss_estimator=k1: .* one of k2, k3"),
         (
             {"ppo": config.PPOConfig(ptx=config.PTXConfig(27.8))},
             r"ppo\.ptx\.coef=27\.8, but data\.pretraining is empty",

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_cluster import pipeline
 from rlhf_cluster.config import ConfigError, load
-from rlhf_cluster.pipeline import whole
+from rlhf_cluster.pipeline import runner
 from rlhf_cluster.storage.run_directory import RunLayout
 from rlhf_cluster.weights.snapshot import store_directory
 
@@ -32,7 +32,7 @@ def test_a_run_that_the_cluster_cannot_hold_leaves_its_directory_free(
         raise ConfigError("stage ppo asks for more than the cluster has")
         yield
 
-    monkeypatch.setattr(whole, "ray_session", too_small)
+    monkeypatch.setattr(runner, "ray_session", too_small)
     monkeypatch.setenv("RLHF_CLUSTER_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match="asks for more"):
         pipeline.run(load(["recipe=smoke", f"dir={tmp_path / 'run'}"]), [])

@@ -36,7 +36,7 @@ from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.worker import LearnerError, LearnerWorker
-from rlhf_cluster.loop.guardrails import Guardrails, Rail
+from rlhf_cluster.loop.guardrails import Guardrails, Rail, moved_nothing
 from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.models.score_head import ScalarHeadModel
@@ -508,6 +508,7 @@ def test_a_batch_that_is_only_looked_at_moves_nothing(start: Start) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(worker).items())
     assert found["objective/kl"] == pytest.approx(updated(other)["objective/kl"])
     assert found["actor/minibatches_done"] == 0 and "actor/grad_norm" not in found
+    assert moved_nothing(found)
     assert worker._version == 1
 
 
@@ -520,8 +521,10 @@ def test_a_step_beyond_its_rail_is_not_taken(start: Start, action: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(worker).items())
     assert found["actor/steps_skipped"] == found["critic/steps_skipped"] == 1.0
     assert found["actor/grad_norm_max"] > 1e-6
+    assert moved_nothing(found)
     warned = start(guardrails=GuardrailsConfig(grad_norm=RailConfig(1e-6, "warn")))
-    assert updated(warned)["actor/steps_skipped"] == 0.0
+    learnt = updated(warned)
+    assert learnt["actor/steps_skipped"] == 0.0 and not moved_nothing(learnt)
     assert distance(warned, worker) > 1e-4
 
 

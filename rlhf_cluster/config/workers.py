@@ -33,7 +33,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # InstructGPT, appendix C
     eps: float = positive(1e-8)
     weight_decay: float = not_negative(0.0)
-    schedule: str = one_of("constant", "cosine", "linear")  # the last two down to `final_lr_ratio`
+    schedule: str = one_of("constant", "cosine", "linear", default="constant")  # the last two down to `final_lr_ratio`
     final_lr_ratio: float = not_negative(0.1)  # cosine and linear end at this share of the peak (InstructGPT C.1, C.2)
     warmup_steps: int = not_negative(0)  # linear from a tenth of the peak (InstructGPT C.4)
     max_grad_norm: float = not_negative(1.0)
@@ -43,7 +43,8 @@ class OptimizerConfig:
 class EngineConfig:
     """DeepSpeed, for SFT, reward model and learner alike. Its JSON is derived from this."""
 
-    zero_stage: int = one_of(0, 1, 2, 3)  # 0 with bfloat16 runs as 1, since DeepSpeed accumulates in bfloat16 there
+    zero_stage: int = one_of(0, 1, 2, 3, default=0)  # 0 with bfloat16 runs as 1, since DeepSpeed accumulates in
+    # bfloat16 there
     tokens_per_micro_batch: int = count(4096)  # memory limit per worker: padded tokens of one forward
     offload_optimizer: bool = False  # optimizer state in CPU memory (GPU runs)
 
@@ -56,7 +57,7 @@ class GenerationConfig:
     temperature: float = positive(1.0)  # InstructGPT C.4
     ignore_eos: bool = False  # sample exactly max_response_tokens (benchmarks)
     max_num_seqs: int = count(64)  # responses that one worker samples at once
-    kv_cache_memory: int = at_least(1 << 20, 1 << 30)  # bytes per worker
+    kv_cache_memory: int = at_least(1 << 20, default=1 << 30)  # bytes per worker
     enforce_eager: bool = True  # no graph capture or compilation: quick to start
     tensor_parallel: int = count(1)  # GPUs per worker
     flush_ms: int = not_negative(50)  # what ended within this time leaves as one table
@@ -67,16 +68,16 @@ class GenerationConfig:
 class RewardPart:
     """One part of the score: who gives it, and what it weighs."""
 
-    kind: str = one_of(*REWARD_KINDS)  # random is a control: noise from the sample id; length is in tokens,
-    # repetition the share of 3-grams said before: these two with a weight < 0
+    kind: str = one_of(*REWARD_KINDS, default="model")  # random is a control: noise from the sample id; length is in
+    # tokens, repetition the share of 3-grams said before: these two with a weight < 0
     name: str = ""  # in metrics, as reward/<name>; empty: the kind
     weight: float = 1.0
     path: str = ""  # model: a directory; empty: reward.path | function: FILE.py:NAME or package.module:NAME | http: URL
     column: str = "answer"  # math, exact, labels of a function: the prompts' column with the answer
     pattern: str = ""  # regex
     schema: str = ""  # json_schema: the file with it
-    on_failure: str = one_of("", "drop", "neutral", "stop")  # of a sample; neutral: reward.neutral_score; empty: stop
-    # where the score is computed here (model, random, length, repetition), drop where somebody is asked
+    on_failure: str = one_of("", "drop", "neutral", "stop", default="")  # of a sample; neutral: reward.neutral_score;
+    # empty: stop where the score is computed here (model, random, length, repetition), drop where somebody is asked
 
 
 @dataclass
@@ -114,8 +115,8 @@ class LoRAConfig:
 
     rank: int = not_negative(0)  # 0: none, all weights learn
     alpha: float = positive(16.0)  # what they add is scaled by alpha / rank
-    publish: str = one_of("merged", "adapter")  # to generation: merged into full weights; adapter: alone, and vLLM
-    # adds them as it samples
+    publish: str = one_of("merged", "adapter", default="merged")  # to generation: merged into full weights; adapter:
+    # alone, and vLLM adds them as it samples
 
 
 @dataclass
@@ -133,5 +134,6 @@ class LearnerConfig:
 class WeightsConfig:
     """How published weights reach the generation workers."""
 
-    transport: str = one_of("shm")  # shared memory of the learner's node; workers on other nodes fetch from there
+    transport: str = one_of("shm", default="shm")  # shared memory of the learner's node; workers on other nodes fetch
+    # from there
     keep: int = count(2)  # versions kept in the store
