@@ -22,7 +22,7 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
 
 def test_frame_puts_the_corners_where_the_axes_are() -> None:
     frame = Frame(0.0, 10.0, -1.0, 1.0)
-    assert (frame.x(0.0), frame.x(10.0)) == (62, WIDTH - 12)
+    assert (frame.x(0.0), frame.x(10.0)) == (74, WIDTH - 12)
     assert (frame.y(-1.0), frame.y(1.0)) == (HEIGHT - 40, 12)
 
 
