@@ -14,6 +14,7 @@ from rlhf_cluster.config import ConfigError, RewardPart, RunConfig, load, load_f
 from rlhf_cluster.interrupts import heed_sigterm
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+RUN_DIR = "the directory of a run, as runs/quickstart"
 DATA_FILES = ("path", "prompts", "demonstrations", "comparisons", "heldout_comparisons", "pretraining")
 
 
@@ -84,16 +85,19 @@ def parser() -> argparse.ArgumentParser:
         _config_arguments(command(name, function, text))
     data = command("data", data_check, "say what a data file is and what would be dropped")
     data.add_argument("action", choices=["check"])
-    data.add_argument("path")
+    data.add_argument("path", help="a file, a directory of shards, or a dataset directory")
     data.add_argument("--model", help="tokenizer for token lengths: a Hugging Face directory")
     chat = command("chat", chat_with, "talk to the result of a run in the terminal")
-    chat.add_argument("run_dir", type=Path)
-    chat.add_argument("--max-tokens", type=int, default=128)
-    chat.add_argument("--temperature", type=float, default=1.0)
+    chat.add_argument("run_dir", type=Path, help=RUN_DIR)
+    chat.add_argument("--max-tokens", type=int, default=128, help="of an answer; default: 128")
+    chat.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token; default: 1")
     generate = command("generate", generate_file, "answer the prompts of a file with the result of a run")
-    generate.add_argument("run_dir", type=Path)
-    generate.add_argument("prompts", type=Path)
+    generate.add_argument("run_dir", type=Path, help=RUN_DIR)
+    generate.add_argument("prompts", type=Path, help="a file of rows with a prompt, as for data.prompts")
     generate.add_argument("--output", type=Path, help="jsonl to write; default: the terminal")
+    generate.add_argument("--overwrite", action="store_true", help="write over what --output names")
+    generate.add_argument("--max-tokens", type=int, help="of an answer; default: the run's max_response_tokens")
+    generate.add_argument("--temperature", type=float, help="above 0; default: the run's")
     submission = command("submit", submit, "send a config to a running cluster as a Ray job and follow it")
     _config_arguments(submission)
     submission.add_argument("--id", default="", help="the job's id; default: one that Ray makes")
@@ -219,7 +223,7 @@ def generate_file(args: argparse.Namespace) -> None:
     quiet_libraries()
     from rlhf_cluster.generate import generate
 
-    answered = generate(args.run_dir, args.prompts, args.output)
+    answered = generate(args.run_dir, args.prompts, args.output, args.overwrite, args.max_tokens, args.temperature)
     if args.output:
         print(f"{answered} answers in {args.output}")
 

@@ -45,7 +45,8 @@ class Inputs:
 
 def load_inputs(cfg: RunConfig) -> Inputs:
     """Raises ConfigError, ModelError or DataError, each a single sentence."""
-    base_path = Path(cfg.policy_path) if cfg.policy_path else prepare_model(cfg.model)
+    named = Path(cfg.policy_path) if cfg.policy_path else prepare_model(cfg.model)
+    base_path = named.resolve()  # workers may stand elsewhere than the driver: those of Ray Train always do
     limit = context_length(base_path)
     if cfg.model.context > limit:
         raise ConfigError(

@@ -82,11 +82,13 @@ class RMEvaluation:
         return {name: value for name, value in told.items() if not math.isnan(value)}
 
     def __str__(self) -> str:
+        controlled = f"{self.length_controlled_accuracy:.3f} +- {self.length_controlled_accuracy_se:.3f}"
+        if math.isnan(self.length_controlled_accuracy):
+            controlled = "not told by these pairs"
         return (
             f"held-out accuracy {self.accuracy:.3f} +- {self.accuracy_se:.3f} on {self.pairs} pairs of "
             f"{self.prompts} prompts (preferring the shorter response: {self.shorter_accuracy:.3f}; "
-            f"length-controlled {self.length_controlled_accuracy:.3f} +- {self.length_controlled_accuracy_se:.3f}), "
-            f"mean margin {self.margin:.2f}"
+            f"length-controlled {controlled}), mean margin {self.margin:.2f}"
         )
 
 

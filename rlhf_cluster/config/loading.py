@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -126,20 +126,28 @@ def _check_keys(overrides: Sequence[Override]) -> None:
     groups = _groups()
     keys = dict(leaves(RunConfig()))
     sections = {".".join(parts[:depth]) for parts in (key.split(".") for key in keys) for depth in range(1, len(parts))}
-    for override in overrides:
-        key, value = override.key_or_group, override.value()
+    for key, value in (told for one in overrides for told in _flat(one.key_or_group, one.value(), sections)):
         if key in groups:
             if not isinstance(value, dict) and value not in _choices(key):
                 raise ConfigError(f"{key}={value}: there is no such {key}; there are {', '.join(_choices(key))}")
             continue
-        if key in sections and not isinstance(value, dict):
+        if key in sections:
             within = [name for name in keys if name.startswith(f"{key}.")]
             raise ConfigError(f"{key}={value}: {key} is a section; set a key of it, as {within[0]}")
-        if key not in keys and key not in sections:
+        if key not in keys:
             near = _nearest(key, keys)
             raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         if isinstance(keys.get(key), list | tuple) and not isinstance(value, list):
             raise ConfigError(f"{key}={value}: it must be a list, as {key}=[{value}]")
+
+
+def _flat(key: str, value: object, sections: Collection[str]) -> Iterator[tuple[str, object]]:
+    """`a={b: 1}` as `a.b` and 1, where a is a section."""
+    if key in sections and isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(f"{key}.{name}", inner, sections)
+    else:
+        yield key, value
 
 
 def _nearest(key: str, known: Collection[str]) -> list[str]:

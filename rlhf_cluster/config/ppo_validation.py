@@ -120,8 +120,8 @@ def _validate_guardrails(cfg: RunConfig) -> None:
         )
         require(
             rail.action != "rollback" or not rail.limit or not of_samples or cfg.ppo.keep_checkpoints != 1,
-            f"{key}.action=rollback looks at samples of a policy that may be the last checkpoint; keep the one before "
-            "too: ppo.keep_checkpoints=2",
+            f"{key}.action=rollback judges a policy by its samples, and it may be the last checkpoint; keep the "
+            "one before it too: ppo.keep_checkpoints=2",
         )
     require(
         not rails.length.limit or rails.length.limit > 1,

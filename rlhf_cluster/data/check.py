@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_cluster.data import sources
-from rlhf_cluster.data.drops import Dropped
+from rlhf_cluster.data.drops import Dropped, Drops
 from rlhf_cluster.data.hh import looks_like_hh
 from rlhf_cluster.data.oasst import looks_like_oasst
 from rlhf_cluster.data.readers import read_rows
 from rlhf_cluster.data.rows import DataError, Place, RawRow
 from rlhf_cluster.data.split import Pool, deduplicate
+from rlhf_cluster.data.text import read_texts, text_of, text_tokens
 from rlhf_cluster.data.tokenize import Tokenizer, prompt_tokens, response_tokens
 
-UNKNOWN = "unknown"
+TEXT, UNKNOWN = "text", "unknown"
 
 KINDS: dict[str, str] = {
     "prompts": "prompts for PPO (data.prompts)",
@@ -32,8 +33,9 @@ KINDS: dict[str, str] = {
     "comparisons": "comparisons for the reward model (data.comparisons)",
     "hh": "Anthropic preference pairs (data.source=hh)",
     "oasst": "Open Assistant conversation trees (data.source=oasst)",
+    "text": "running text for the pretraining mix (data.pretraining)",
     UNKNOWN: "no known layout; wanted is 'prompt', 'prompt' + 'completion', 'messages', "
-    "'prompt' + 'chosen' + 'rejected', or 'prompt' + 'completions'",
+    "'prompt' + 'chosen' + 'rejected', 'prompt' + 'completions', or 'text'",
 }
 
 PUBLIC = ("hh", "oasst")  # whose bad rows are dropped and counted
@@ -97,13 +99,18 @@ class CheckReport:
 
 def check(path: str | Path, tokenizer: Tokenizer | None = None) -> CheckReport:
     """Reads all of `path`. Raises DataError for a missing path, an unknown kind of file, or no rows at all."""
+    if str(path).lower().endswith(".txt"):
+        return _of_plain_text(str(path), tokenizer)
     pool = Pool(Place(str(path)), "drop")
+    texts: list[str] = []
     rows = list(read_rows(path, pool.drops.add))
     unread = sum(pool.drops.counts().values())
     kind = next((found for found in map(guess_kind, rows) if found != UNKNOWN), UNKNOWN)
-    if kind != UNKNOWN:
+    if kind == TEXT:
+        _fill_texts(texts, pool.drops, rows)
+    elif kind != UNKNOWN:
         _fill(pool, kind, rows)
-    tokens = _token_lengths(pool, tokenizer) if tokenizer is not None else {}
+    tokens = _token_lengths(pool, texts, tokenizer) if tokenizer is not None else {}
     k = Counter(len(row.ranks) for row in pool.comparisons)
     tied = sum(one == other for row in pool.comparisons for one, other in combinations(row.ranks, 2))
     refused = sum(pool.drops.counts().values()) + (len(rows) if kind == UNKNOWN else 0)
@@ -112,6 +119,7 @@ def check(path: str | Path, tokenizer: Tokenizer | None = None) -> CheckReport:
         "prompts": pool.prompts,
         "demonstrations": pool.demonstrations,
         "comparisons": pool.comparisons,
+        "documents": texts,
     }
     return CheckReport(
         path=str(path),
@@ -139,7 +147,24 @@ def guess_kind(row: RawRow) -> str:
         return "comparisons"
     if {"prompt", "completion"} <= has or "messages" in has:
         return "demonstrations"
-    return "prompts" if "prompt" in has else UNKNOWN
+    if "prompt" in has:
+        return "prompts"
+    return TEXT if "text" in has else UNKNOWN
+
+
+def _of_plain_text(path: str, tokenizer: Tokenizer | None) -> CheckReport:
+    """Of `.txt`, where each file is a document."""
+    texts = list(read_texts(path))
+    tokens = {} if tokenizer is None else {"document": Lengths.of(text_tokens(texts, tokenizer))}
+    return CheckReport(path, TEXT, len(texts), 0, (), {"documents": len(texts)}, {}, {}, 0, 0, tokens)
+
+
+def _fill_texts(texts: list[str], drops: Drops, rows: Iterable[RawRow]) -> None:
+    for row in rows:
+        try:
+            texts.append(text_of(row))
+        except DataError as error:
+            drops.add(error)
 
 
 def _fill(pool: Pool, kind: str, rows: Iterable[RawRow]) -> None:
@@ -150,13 +175,13 @@ def _fill(pool: Pool, kind: str, rows: Iterable[RawRow]) -> None:
             pool.drops.add(error)
 
 
-def _token_lengths(pool: Pool, tokenizer: Tokenizer) -> dict[str, Lengths]:
+def _token_lengths(pool: Pool, texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Lengths]:
     """By record; a prompt that the template refuses, or a response with EOS inside, is noted and not measured."""
     asked = [row.prompt for row in pool.demonstrations] + [row.prompt for row in pool.comparisons]
     prompts = pool.prompts or asked
     ranked = [(text, row.prompt.place) for row in pool.comparisons for text in row.responses]
     answers = ranked or [(row.response, row.prompt.place) for row in pool.demonstrations]
-    lengths: dict[str, list[int]] = {"prompt": [], "response": []}
+    lengths: dict[str, list[int]] = {"prompt": [], "response": [], "document": text_tokens(texts, tokenizer)}
     for row in prompts:
         try:
             lengths["prompt"].append(len(prompt_tokens(row.messages, tokenizer, row.place)))

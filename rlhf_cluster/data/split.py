@@ -18,7 +18,7 @@ from rlhf_cluster.data.seeded import seeded_order
 
 TooLong = Literal["refuse", "drop"]
 
-SET_ASIDE = "set aside with the held-out rows"
+SET_ASIDE = "of held-out prompts, or of their kind"
 ALL_TIED = "all responses tied"
 DUPLICATE = "duplicate prompt"
 

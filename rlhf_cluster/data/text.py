@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from rlhf_cluster.data.readers import read_rows, row_files
-from rlhf_cluster.data.rows import DataError, Place, column_names
+from rlhf_cluster.data.rows import DataError, Place, RawRow, column_names
 from rlhf_cluster.data.tokenize import Tokenizer
 from rlhf_cluster.records import Pretraining
 
@@ -21,11 +21,20 @@ def read_texts(path: str) -> Iterator[str]:
     if path.lower().endswith(".txt"):
         yield from _plain_texts(path)
         return
-    for row in read_rows(path):
-        text = row.values.get("text")
-        if not isinstance(text, str):
-            raise DataError(row.place, "missing column", f"'text'; the row has {column_names(row)}")
-        yield text
+    yield from map(text_of, read_rows(path))
+
+
+def text_of(row: RawRow) -> str:
+    """The document of a row. Raises DataError where there is none."""
+    text = row.values.get("text")
+    if not isinstance(text, str):
+        raise DataError(row.place, "missing column", f"'text'; the row has {column_names(row)}")
+    return text
+
+
+def text_tokens(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
+    """The length of each document in tokens, without the EOS after it."""
+    return [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
 def _plain_texts(path: str) -> Iterator[str]:

@@ -44,7 +44,7 @@ def is_finished(directory: RunDirectory, cfg: RunConfig) -> bool:
 
 async def _run_ppo(run: Run) -> None:
     cfg, checkpoints = run.cfg, Checkpoints(run.directory.checkpoints, run.cfg.ppo.keep_checkpoints)
-    reference = Path(cfg.reference.path) if cfg.reference.path else run.ppo_policy
+    reference = Path(cfg.reference.path).resolve() if cfg.reference.path else run.ppo_policy
     run.progress.note("ppo: starting generation, reward, reference and learner workers")
     text = run.inputs.pretraining if cfg.ppo.ptx.coef else Pretraining.empty()
     inputs = PPOInputs(run.ppo_policy, reference, _reward_model(run), text)
@@ -76,10 +76,10 @@ async def _run_ppo(run: Run) -> None:
 def _reward_model(run: Run) -> Path | None:
     """The reward model, which the critic starts as: named for the run, or stage 2's, or named by a part alone."""
     if run.cfg.reward.path:
-        return Path(run.cfg.reward.path)
+        return Path(run.cfg.reward.path).resolve()
     if trained := run.output(rm.STAGE):
         return trained / "reward_model"
-    own = [Path(part.path) for part in run.cfg.reward.parts if part.kind == "model" and part.path]
+    own = [Path(part.path).resolve() for part in run.cfg.reward.parts if part.kind == "model" and part.path]
     return own[0] if own else None
 
 

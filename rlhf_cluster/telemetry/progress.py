@@ -129,12 +129,14 @@ class Progress:
         """The time of a stage. On leaving it says how far the stage came and how long it took."""
         self._view = view = StageView(name, total_steps, self._clock)
         self.note(f"{name}: {total_steps} iterations")
+        word = "stopped"
         try:
             with self._display(view):
                 yield
+            word = "ended"
         finally:
             self._view = None
-            self._line(f"{name}: ended at {view.step}/{view.total} after {clock_text(view.elapsed())}")
+            self._line(f"{name}: {word} at {view.step}/{view.total} after {clock_text(view.elapsed())}")
 
     def advance(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Shows iteration `step` (the first is 1) of the stage that runs. Raises RuntimeError outside of a stage."""

@@ -121,6 +121,10 @@ def test_the_papers_numbers_are_the_defaults(cfg: RunConfig) -> None:
         ("ppo.batch_size=1.5", r"^ppo\.batch_size: Value '1\.5'"),
         ("ppo=3", r"^ppo=3: ppo is a section; set a key of it, as ppo\.steps$"),
         ("ppo.learning_rate=1", r"did you mean sft\.optimizer\.lr or rm\.optimizer\.lr or dpo\.optimizer\.lr"),
+        (
+            "ppo.guardrails.kl={limt: 9}",
+            r"^unknown key 'ppo\.guardrails\.kl\.limt'; did you mean ppo\.guardrails\.kl\.limit",
+        ),
         ("stages=sft", r"^stages=sft: it must be a list, as stages=\[sft\]$"),
         ("kl=3", r"^kl=3: there is no such kl; there are adaptive, fixed, loss, none$"),
         ("model=nope", r"^model=nope: there is no such model; there are gpt2, .*tiny$"),
@@ -351,7 +355,7 @@ def test_dynamic_sampling_needs_groups() -> None:
         (["ppo.guardrails.kl={limit: 9, action: rollback}"], r"kl\.action=rollback, but ppo\.save_every=0 leaves no"),
         (
             ["ppo.guardrails.kl={limit: 9, action: rollback}", "ppo.save_every=1", "ppo.keep_checkpoints=1"],
-            r"kl\.action=rollback looks at samples of a policy .*ppo\.keep_checkpoints=2",
+            r"kl\.action=rollback judges a policy by its samples, .*ppo\.keep_checkpoints=2",
         ),
         (["kl=adaptive", "ppo.kl.horizon=100"], r"one batch of 512 could turn the coefficient negative; .*than 102\.4"),
         (["ppo.clip=0"], r"ppo\.clip=0\.0: it must be above 0"),

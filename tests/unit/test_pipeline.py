@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_cluster import pipeline
 from rlhf_cluster.config import ConfigError, load
+from rlhf_cluster.inputs import load_inputs
 from rlhf_cluster.pipeline import runner
 from rlhf_cluster.storage.run_directory import RunLayout
 from rlhf_cluster.weights.snapshot import store_directory
@@ -37,3 +38,10 @@ def test_a_run_that_the_cluster_cannot_hold_leaves_its_directory_free(
     with pytest.raises(ConfigError, match="asks for more"):
         pipeline.run(load(["recipe=smoke", f"dir={tmp_path / 'run'}"]), [])
     assert not RunLayout(tmp_path / "run").holds_run
+
+
+def test_a_policy_named_from_here_is_found_from_everywhere(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train's workers stand in a directory of their own."""
+    monkeypatch.chdir(tiny.parent)
+    given = load(["recipe=smoke", "stages=[rm]", f"policy_path={tiny.name}"])
+    assert load_inputs(given).base_path == tiny.resolve()

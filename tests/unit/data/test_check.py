@@ -31,6 +31,8 @@ def write(path: Path, rows: Iterable[Any]) -> Path:
         ({"prompt": "u", "completions": []}, "comparisons"),
         ({"chosen": DIALOGUE, "rejected": DIALOGUE}, "hh"),
         ({"prompt": {"text": "q", "replies": []}}, "oasst"),
+        ({"text": "t", "source": "s"}, "text"),
+        ({"prompt": "u", "text": "t"}, "prompts"),
         ({"question": "u", "answer": "a"}, "unknown"),
         ({"prompt": None}, "unknown"),
     ],
@@ -99,6 +101,16 @@ def test_token_lengths_with_a_tokenizer(tmp_path: Path, tokenizer: PreTrainedTok
     assert report.tokens["prompt"].smallest == report.tokens["prompt"].largest == 1 + 9 + 11
     assert report.dropped["EOS inside a response"].count == 1
     assert "response  tokens min 2, median 3, mean 5.0, 95 % 9, max 10" in str(report)
+
+
+def test_running_text_is_counted_by_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    report = check(write(tmp_path / "t.jsonl", [{"text": "abc"}, {"text": "a"}, {"text": 5}]), tokenizer)
+    assert (report.kind, report.usable, report.refused, report.accepted) == ("text", {"documents": 2}, 1, False)
+    assert (report.tokens["document"].smallest, report.tokens["document"].largest) == (1, 3)
+    (tmp_path / "plain.txt").write_text("abcd")
+    plain = check(tmp_path / "plain.txt", tokenizer)
+    assert (plain.kind, plain.usable, plain.accepted) == ("text", {"documents": 1}, True)
+    assert str(plain).startswith(f"{tmp_path / 'plain.txt'}: running text for the pretraining mix (data.pretraining)")
 
 
 def test_an_unknown_layout_is_said_with_its_columns(tmp_path: Path) -> None:

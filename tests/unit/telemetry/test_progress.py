@@ -70,7 +70,7 @@ def test_an_interrupted_stage_says_how_far_it_came() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert out.getvalue().splitlines()[-1] == "sft: ended at 2/9 after 0:00"
+    assert out.getvalue().splitlines()[-1] == "sft: stopped at 2/9 after 0:00"
     assert progress.current_stage is None
     with pytest.raises(RuntimeError, match="outside of a stage"):
         progress.advance(3, {})
