@@ -49,17 +49,20 @@ PPO = arms.options(
 RM = arms.options(
     stages="[rm,ppo]",
     rm__ranking__labeler="exact",
-    rm__ranking__prompts=1500,
+    rm__ranking__prompts=8000,
     rm__ranking__responses=4,
     rm__ranking__tie_margin=0.0,
-    rm__epochs=3,
+    rm__epochs=20,
     rm__batch_size=32,
-    rm__optimizer__lr=5e-4,
+    rm__optimizer__lr=3e-4,
+    rm__engine__tokens_per_micro_batch=8192,
+    ppo__score_norm="true",
+    ppo__kl__coef=0.1,
 )
 ALONE = arms.options(stages="[ppo]")
 PENALTY = arms.options(ppo__kl__coef=0.02)
 ARMS = {
-    "PPO, reward model": [*RM, *PPO, *PENALTY],
+    "PPO, reward model": [*RM, *PPO],
     "PPO, true reward": [*ALONE, *PPO, *PENALTY, *arms.options(reward="exact")],
     "GRPO, true reward": [*ALONE, *PPO, *arms.options(reward="exact", advantage="grpo", kl="loss")],
     "PPO, random reward": [*ALONE, *PPO, *PENALTY, *arms.options(reward="random")],
