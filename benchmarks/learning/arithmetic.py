@@ -38,7 +38,9 @@ SFT = arms.options(
     sft__optimizer__lr=2e-3,
 )
 PPO = arms.options(
-    ppo__steps=60,
+    stages="[ppo]",
+    ppo__steps=120,
+    evaluation__every=20,
     ppo__batch_size=256,
     ppo__minibatch_size=128,
     learner__policy__lr=1e-4,
@@ -47,7 +49,8 @@ PPO = arms.options(
     learner__critic__warmup_steps=0,
 )
 RM = arms.options(
-    stages="[rm,ppo]",
+    name="rm",
+    stages="[rm]",
     rm__ranking__labeler="exact",
     rm__ranking__prompts=8000,
     rm__ranking__responses=4,
@@ -56,16 +59,14 @@ RM = arms.options(
     rm__batch_size=32,
     rm__optimizer__lr=3e-4,
     rm__engine__tokens_per_micro_batch=8192,
-    ppo__score_norm="true",
-    ppo__kl__coef=0.1,
 )
-ALONE = arms.options(stages="[ppo]")
 PENALTY = arms.options(ppo__kl__coef=0.02)
+OF_A_MODEL = arms.options(ppo__score_norm="true", ppo__kl__coef=0.1)  # its scores have a scale of their own
 ARMS = {
-    "PPO, reward model": [*RM, *PPO],
-    "PPO, true reward": [*ALONE, *PPO, *PENALTY, *arms.options(reward="exact")],
-    "GRPO, true reward": [*ALONE, *PPO, *arms.options(reward="exact", advantage="grpo", kl="loss")],
-    "PPO, random reward": [*ALONE, *PPO, *PENALTY, *arms.options(reward="random")],
+    "PPO, reward model": [*PPO, *OF_A_MODEL],
+    "PPO, true reward": [*PPO, *PENALTY, *arms.options(reward="exact")],
+    "GRPO, true reward": [*PPO, *arms.options(reward="exact", advantage="grpo", kl="loss")],
+    "PPO, random reward": [*PPO, *PENALTY, *arms.options(reward="random")],
 }
 
 
@@ -92,12 +93,13 @@ def one_seed(directory: Path, seed: int) -> dict[str, arms.Outcome]:
         sums.write_data(data, seed, DEMONSTRATIONS, WRONG)
         sums.write_model(model, seed)
     given = [*small.given(model, data, seed), *TASK]
-    arms.run(directory / "sft", [*given, *SFT])
-    policy = f"policy_path={directory / 'sft' / 'stages' / 'sft' / 'policy'}"
-    found = {}
-    for arm, overrides in ARMS.items():
-        found[arm] = arms.outcome(arms.run(arms.place(directory, arm), [*given, policy, *overrides]))
-    return found
+    sft = arms.run(directory / "sft", [*given, *SFT])
+    given.append(f"policy_path={sft / 'stages' / 'sft' / 'policy'}")
+    rm = arms.run(directory / "rm", [*given, *RM])
+    given.append(f"reward.path={rm / 'stages' / 'rm' / 'reward_model'}")
+    return {
+        arm: arms.outcome(arms.run(arms.place(directory, arm), [*given, *overrides])) for arm, overrides in ARMS.items()
+    }
 
 
 def draw(found: dict[str, list[arms.Outcome]], path: Path) -> None:
