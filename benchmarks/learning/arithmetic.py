@@ -62,8 +62,9 @@ RM = arms.options(
 )
 PENALTY = arms.options(ppo__kl__coef=0.02)
 OF_A_MODEL = arms.options(ppo__score_norm="true", ppo__kl__coef=0.1)  # its scores have a scale of their own
+MODELLED = "PPO, reward model"
 ARMS = {
-    "PPO, reward model": [*PPO, *OF_A_MODEL],
+    MODELLED: [*PPO, *OF_A_MODEL],
     "PPO, true reward": [*PPO, *PENALTY, *arms.options(reward="exact")],
     "GRPO, true reward": [*PPO, *arms.options(reward="exact", advantage="grpo", kl="loss")],
     "PPO, random reward": [*PPO, *PENALTY, *arms.options(reward="random")],
@@ -96,9 +97,10 @@ def one_seed(directory: Path, seed: int) -> dict[str, arms.Outcome]:
     sft = arms.run(directory / "sft", [*given, *SFT])
     given.append(f"policy_path={sft / 'stages' / 'sft' / 'policy'}")
     rm = arms.run(directory / "rm", [*given, *RM])
-    given.append(f"reward.path={rm / 'stages' / 'rm' / 'reward_model'}")
+    own = {MODELLED: [f"reward.path={rm / 'stages' / 'rm' / 'reward_model'}"]}  # of the others it would be the critic
     return {
-        arm: arms.outcome(arms.run(arms.place(directory, arm), [*given, *overrides])) for arm, overrides in ARMS.items()
+        arm: arms.outcome(arms.run(arms.place(directory, arm), [*given, *overrides, *own.get(arm, [])]))
+        for arm, overrides in ARMS.items()
     }
 
 
