@@ -22,7 +22,7 @@ from rlhf_cluster.models.batching import from_response_frame, response_mask, to_
 from rlhf_cluster.records import Controls
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluatedRow:
     """A row as the learner holds it before the update; arrays are per response token, [R], unless said otherwise."""
 

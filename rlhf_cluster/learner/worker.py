@@ -201,19 +201,19 @@ class LearnerWorker:
 
 def _evaluated(rows: ScoredRollouts, evaluation: Evaluation) -> list[EvaluatedRow]:
     ref_logprobs = rows.ref_logprobs if isinstance(rows, ReferencedRollouts) else evaluation.logprobs
-    columns = zip(
-        rows.sample_id,
-        rows.prompt_id,
-        rows.prompt_ids,
-        rows.response_ids,
-        rows.rollout_logprobs,
-        ref_logprobs,
-        evaluation.logprobs,
-        evaluation.values,
-        evaluation.entropies,
-        rows.weight_versions,
-        rows.score.tolist(),
-        [reason == "stop" for reason in rows.finish_reason],
-        strict=True,
-    )
-    return [EvaluatedRow(*fields) for fields in columns]
+    columns = {
+        "sample_id": rows.sample_id,
+        "prompt_id": rows.prompt_id,
+        "prompt_ids": rows.prompt_ids,
+        "response_ids": rows.response_ids,
+        "rollout_logprobs": rows.rollout_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "old_logprobs": evaluation.logprobs,
+        "values": evaluation.values,
+        "entropies": evaluation.entropies,
+        "weight_versions": rows.weight_versions,
+        "score": rows.score.tolist(),
+        "ended": [reason == "stop" for reason in rows.finish_reason],
+    }
+    whole = zip(*columns.values(), strict=True)
+    return [EvaluatedRow(**dict(zip(columns, fields, strict=True))) for fields in whole]

@@ -17,7 +17,7 @@ from threading import Lock
 from rlhf_cluster.scoring.samples import Answer, Call, CallFailed, Sample, Verdicts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Patience:
     """How long, how often and how much at once."""
 

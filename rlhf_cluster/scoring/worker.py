@@ -205,12 +205,12 @@ def function_spec(part: RewardPart) -> FunctionSpec:
 
 def _patience(cfg: RewardConfig, concurrency: int, budget_s: float) -> Patience:
     return Patience(
-        cfg.deadline_s,
-        cfg.retries,
-        cfg.backoff_s,
-        cfg.breaker_failures,
-        cfg.breaker_s,
-        cfg.batch_size,
-        concurrency,
-        budget_s,
+        deadline_s=cfg.deadline_s,
+        retries=cfg.retries,
+        backoff_s=cfg.backoff_s,
+        breaker_failures=cfg.breaker_failures,
+        breaker_s=cfg.breaker_s,
+        batch_size=cfg.batch_size,
+        concurrency=concurrency,
+        budget_s=budget_s,
     )

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from rlhf_cluster.scoring.patience import Patience, Patient
 from rlhf_cluster.scoring.samples import Answer, CallFailed, Sample
 
-PATIENCE = Patience(2.0, 1, 0.5, breaker_failures=3, breaker_s=30.0, batch_size=4, concurrency=1, budget_s=100.0)
+PATIENCE = Patience(
+    deadline_s=2.0,
+    retries=1,
+    backoff_s=0.5,
+    breaker_failures=3,
+    breaker_s=30.0,
+    batch_size=4,
+    concurrency=1,
+    budget_s=100.0,
+)
 
 
 @dataclass
@@ -77,7 +86,20 @@ def test_backoff_doubles() -> None:
         raise CallFailed("no")
 
     clock = Clock()
-    patient(Asked(rule), clock, Patience(2.0, 3, 0.5, 99, 30.0, 1, 1, 100.0))(samples("a"))
+    patient(
+        Asked(rule),
+        clock,
+        Patience(
+            deadline_s=2.0,
+            retries=3,
+            backoff_s=0.5,
+            breaker_failures=99,
+            breaker_s=30.0,
+            batch_size=1,
+            concurrency=1,
+            budget_s=100.0,
+        ),
+    )(samples("a"))
     assert clock.slept == [0.5, 1.0, 2.0]
 
 
@@ -133,7 +155,16 @@ def test_after_failures_in_a_row_nobody_is_asked_for_a_while() -> None:
 
 
 def test_calls_side_by_side_answer_in_order() -> None:
-    patience = Patience(2.0, 0, 0.0, 3, 30.0, batch_size=1, concurrency=4, budget_s=100.0)
+    patience = Patience(
+        deadline_s=2.0,
+        retries=0,
+        backoff_s=0.0,
+        breaker_failures=3,
+        breaker_s=30.0,
+        batch_size=1,
+        concurrency=4,
+        budget_s=100.0,
+    )
     assert list(patient(Asked(scores), Clock(), patience)(samples("abcdefgh")).scores) == [*map(float, range(97, 105))]
 
 
@@ -156,7 +187,16 @@ def test_one_that_hangs_in_every_batch_costs_the_budget_and_no_more() -> None:
         return scores([sample.sample_id for sample in batch])
 
     clock = Clock()
-    patience = Patience(2.0, 1, 0.5, 99, 30.0, batch_size=4, concurrency=1, budget_s=21.0)
+    patience = Patience(
+        deadline_s=2.0,
+        retries=1,
+        backoff_s=0.5,
+        breaker_failures=99,
+        breaker_s=30.0,
+        batch_size=4,
+        concurrency=1,
+        budget_s=21.0,
+    )
     ask = Patient(call, patience, clock, clock.sleep)
     found = ask(samples("abcdefghij"))
     # a to d together 8 s, a alone twice 2 s with a pause of 0.5 s: 8.5 s of 21 s are left. e to h together half of
@@ -179,7 +219,21 @@ def test_a_batch_leaves_time_to_ask_each_alone() -> None:
         return scores([sample.sample_id for sample in batch])
 
     clock = Clock()
-    ask = Patient(call, Patience(50.0, 0, 0.0, 99, 30.0, 4, 1, budget_s=60.0), clock, clock.sleep)
+    ask = Patient(
+        call,
+        Patience(
+            deadline_s=50.0,
+            retries=0,
+            backoff_s=0.0,
+            breaker_failures=99,
+            breaker_s=30.0,
+            batch_size=4,
+            concurrency=1,
+            budget_s=60.0,
+        ),
+        clock,
+        clock.sleep,
+    )
     found = ask(samples("bcda"))
     assert list(found.scores) == [98.0, 99.0, 100.0, 0.0] and found.failures[3] == "it hangs"
     assert clock.now == 60.0
@@ -193,7 +247,21 @@ def test_samples_whose_batch_took_all_the_time_count_for_the_breaker() -> None:
         raise CallFailed("it hangs")
 
     clock = Clock()
-    ask = Patient(call, Patience(50.0, 0, 0.0, 4, 1000.0, 4, 1, budget_s=60.0), clock, clock.sleep)
+    ask = Patient(
+        call,
+        Patience(
+            deadline_s=50.0,
+            retries=0,
+            backoff_s=0.0,
+            breaker_failures=4,
+            breaker_s=1000.0,
+            batch_size=4,
+            concurrency=1,
+            budget_s=60.0,
+        ),
+        clock,
+        clock.sleep,
+    )
     assert list(ask(samples("abcd")).failures) == ["it hangs"] * 4
     assert clock.now == 60.0
     assert ask(samples("e")).failures[0] == "not asked: 4 samples in a row failed, the last: it hangs"
