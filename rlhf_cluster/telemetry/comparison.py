@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from rlhf_cluster.storage.durable import replace_text
+
 VADER_NOTE = (
     "The 'gold' labeler is a sentiment lexicon (VADER), a stand-in for a human labeler. It counts words of praise and "
     "complaint and does not judge whether a response is true or helpful. PPO never sees its scores."
@@ -153,9 +155,8 @@ def _mean_and_se(values: Sequence[float]) -> tuple[float, float]:
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """Writes `samples` one JSON object per line, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples), encoding="utf-8")
-    partial.replace(path)
+    lines = (json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples)
+    replace_text(path, "".join(lines), "the samples")
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_cluster.storage.durable import replace_text
+
 MAX_SPANS = 200_000  # a trace viewer gives up beyond; the oldest are dropped and their number stands in the trace
 
 
@@ -49,9 +51,7 @@ class Timeline:
     def write_chrome(self, path: Path) -> None:
         """Writes the Chrome trace format (chrome://tracing, ui.perfetto.dev), whole or not at all."""
         trace = {"traceEvents": list(_events(self.spans)), "otherData": {"dropped_spans": self.dropped}}
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(trace), encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, json.dumps(trace), "the timeline")
 
 
 class Timer:
