@@ -146,6 +146,10 @@ def validate_reward(cfg: RunConfig) -> None:
         )
         if need := needs.get(part.kind):
             require(bool(getattr(part, need)), f"{key}.{need} is empty; a part of kind {part.kind} needs it")
+        if part.kind == "regex":
+            require(
+                _compiles(part.pattern), f"{key}.pattern={part.pattern}: it is no regular expression of Python's re"
+            )
         if part.kind == "http":
             require(
                 re.fullmatch(r"https?://[^\s/]+(/\S*)?", part.path) is not None,
@@ -161,3 +165,11 @@ def validate_reward(cfg: RunConfig) -> None:
         f"(cluster.call_timeout_s={cfg.cluster.call_timeout_s:g}, a quarter of it shared among the parts); take less, "
         "or raise cluster.call_timeout_s",
     )
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

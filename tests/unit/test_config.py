@@ -310,6 +310,7 @@ def test_what_a_critic_or_a_group_is_needed_for_is_refused_without() -> None:
         ("{kind: judge}", r"reward\.parts\[0\]\.kind=judge: it must be one of model, random, function"),
         ("{kind: function}", r"reward\.parts\[0\]\.path is empty; a part of kind function needs it"),
         ("{kind: regex}", r"reward\.parts\[0\]\.pattern is empty; a part of kind regex needs it"),
+        ("{kind: regex, pattern: '('}", r"reward\.parts\[0\]\.pattern=\(: it is no regular expression"),
         ("{kind: json_schema}", r"reward\.parts\[0\]\.schema is empty"),
         ("{kind: exact, column: ''}", r"reward\.parts\[0\]\.column is empty"),
         ("{kind: http, path: 'host:80'}", r"reward\.parts\[0\]\.path=host:80: it must be http://HOST:PORT/PATH"),
