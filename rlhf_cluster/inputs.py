@@ -175,10 +175,8 @@ def _require_data(cfg: RunConfig, inputs: Inputs) -> None:
         if not count:
             dropped = f"; dropped: {inputs.dropped}" if inputs.dropped else ""
             raise ConfigError(f"stage {stage} has no {what} to learn from: data.source={cfg.data.source}{dropped}")
-    if "sft" in cfg.stages and cfg.sft.select == "reward" and not len(inputs.heldout_prompts):
-        raise ConfigError(
-            "sft.select=reward scores samples for held-out prompts, and there are none; give data.prompts"
-        )
+    if "sft" in cfg.stages and cfg.sft.select == "reward" and not len(inputs.prompts):
+        raise ConfigError("sft.select=reward scores samples for prompts of PPO, and there are none; give data.prompts")
     if "ppo" in cfg.stages and len(inputs.heldout_prompts) < 2:
         raise ConfigError(
             f"{len(inputs.heldout_prompts)} held-out prompts are left of "

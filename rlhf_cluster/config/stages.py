@@ -27,7 +27,7 @@ class SFTConfig:
     pretraining_share: float = fraction(0.0)  # of a step's sequences that are text from data.pretraining; 0.1 in
     # InstructGPT C.3
     select: str = one_of("last", "reward", default="last")  # last: the last epoch's policy goes on; reward: that of
-    # the epoch whose samples for held-out prompts score highest (InstructGPT C.1)
+    # the epoch whose samples for prompts of PPO score highest (InstructGPT C.1)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9.65e-6, schedule="cosine"))
     engine: EngineConfig = field(default_factory=EngineConfig)
     resources: Resources = field(default_factory=Resources)

@@ -17,6 +17,7 @@ from rlhf_cluster.pipeline.context import Run
 from rlhf_cluster.records import Pretraining
 
 SELECTION_STEP = -2  # the label of the batch that SFT's epochs are told apart by
+SELECTION_PROMPTS = 64  # of it, at most
 
 
 def run_sft(run: Run) -> None:
@@ -44,11 +45,12 @@ def run_sft(run: Run) -> None:
 
 def _select_epoch(run: Run, job: sft.SFTJob) -> None:
     """The epoch whose samples score highest becomes SFT's policy; a loss on held-out demonstrations would choose too
-    early (InstructGPT C.1)."""
+    early (InstructGPT C.1). The prompts are PPO's own: whoever is chosen on held-out ones cannot
+    be judged by them."""
     epochs = range(1, run.cfg.sft.epochs + 1)
     scores = {epoch: run_async(partial(_mean_score, run, job.epoch_output(epoch))) for epoch in epochs}
     for epoch, score in scores.items():
-        run.metrics.log(sft.STAGE, job.steps() // len(epochs) * epoch, {"sft/heldout_score": score})
+        run.metrics.log(sft.STAGE, job.steps() // len(epochs) * epoch, {"sft/selection_score": score})
     best = max(scores, key=lambda epoch: scores[epoch])
     told = ", ".join(f"{epoch}: {score:+.3f}" for epoch, score in scores.items())
     run.progress.note(f"sft: the policy of epoch {best} goes on; mean scores by epoch: {told}")
@@ -58,7 +60,8 @@ def _select_epoch(run: Run, job: sft.SFTJob) -> None:
 
 
 async def _mean_score(run: Run, policy: Path) -> float:
-    cfg, prompts = run.cfg, run.inputs.heldout_prompts
+    cfg, prompts = run.cfg, run.inputs.prompts
+    prompts = prompts.slice(0, min(SELECTION_PROMPTS, len(prompts)))
     members = heldout_members(prompts, SELECTION_STEP, cfg.evaluation.samples_per_prompt, cfg.seed)
     async with open_judges(cfg, run.attempt, policy) as (generation, reward):
         scores = [await reward.score(rollouts) async for rollouts in generation.sample(members)]

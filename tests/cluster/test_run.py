@@ -268,7 +268,7 @@ def test_a_run_that_a_guardrail_stops_says_why_and_reports(
     assert re.match(r"rlhf-cluster: iteration 1 was stopped by ppo\.guardrails \(entropy: [\d.]+ nats per", ended.err)
     assert ended.err.count("\n") == 1
     report = (tmp_path / "run" / "report.html").read_text()
-    assert re.search(r"<td>entropy</td><td>stop</td><td>[\d.]+</td><td>1</td>", report)
+    assert re.search(r'<td>entropy</td><td class="words">stop</td><td>[\d.]+</td><td>1</td>', report)
     assert not (tmp_path / "run" / "comparison.json").exists()
     require_clean(user, tmp_path / "run")
 
