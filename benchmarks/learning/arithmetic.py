@@ -20,7 +20,7 @@ import small
 import sums
 
 HERE = Path(__file__).parent
-WRONG, DEMONSTRATIONS = 0.3, 6000
+WRONG, DEMONSTRATIONS = 0.3, 9600
 
 TASK = arms.options(
     model__context=sums.CONTEXT,
@@ -32,10 +32,10 @@ TASK = arms.options(
 SFT = arms.options(
     name="sft",
     stages="[sft]",
-    sft__epochs=18,
-    sft__batch_size=64,
+    sft__epochs=20,
+    sft__batch_size=32,
     sft__packing="false",
-    sft__optimizer__lr=2e-3,
+    sft__optimizer__lr=1e-3,
 )
 PPO = arms.options(
     stages="[ppo]",
