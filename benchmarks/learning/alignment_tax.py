@@ -19,6 +19,7 @@ from pathlib import Path
 import arms
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from rlhf_cluster.config import ModelConfig
 from rlhf_cluster.models.build import prepare_model
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--coef", type=float, default=1.0, help="of the pretraining mix")
     parser.add_argument("--out", type=Path, default=Path("runs/learning/alignment_tax"))
     args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     train, heldout = split(args.text, args.out)
     found: dict[str, list[float]] = {}
     outcomes: dict[str, list[arms.Outcome]] = {}
