@@ -190,8 +190,8 @@ def last_good(early: Sequence[Alarm], alarms: Sequence[Alarm], rows: ScoredRollo
 
 
 async def heed(alarms: Sequence[Alarm], good: Checkpoint | None, rooms: Rooms, version: int, log: Log) -> None:
-    """What is due at once: a word, or the policy of the checkpoint `good` as `version`. An adaptive KL
-    coefficient stays where it is: that keeps the policy from going the same way again."""
+    """What is due at once: a word, or the policy of the checkpoint `good` as `version`. An adaptive KL coefficient
+    stays where it is: that keeps the policy from going the same way again."""
     for alarm in alarms:
         log.warn(f"iteration {version}: guardrail {alarm.name} ({alarm.action}): {alarm.sentence}")
     if good is not None:

@@ -8,8 +8,9 @@ raises DataError. Knows no config: limits of length and the held-out split are n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from rlhf_cluster.data.oasst import looks_like_oasst
 from rlhf_cluster.data.readers import read_rows
 from rlhf_cluster.data.rows import DataError, Place, RawRow
 from rlhf_cluster.data.split import Pool, deduplicate
-from rlhf_cluster.data.text import read_texts, text_of, text_tokens
+from rlhf_cluster.data.text import is_plain_text, read_texts, text_of, text_tokens
 from rlhf_cluster.data.tokenize import Tokenizer, prompt_tokens, response_tokens
 
 TEXT, UNKNOWN = "text", "unknown"
@@ -99,7 +100,7 @@ class CheckReport:
 
 def check(path: str | Path, tokenizer: Tokenizer | None = None) -> CheckReport:
     """Reads all of `path`. Raises DataError for a missing path, an unknown kind of file, or no rows at all."""
-    if str(path).lower().endswith(".txt"):
+    if is_plain_text(str(path)):
         return _of_plain_text(str(path), tokenizer)
     pool = Pool(Place(str(path)), "drop")
     texts: list[str] = []
@@ -107,9 +108,9 @@ def check(path: str | Path, tokenizer: Tokenizer | None = None) -> CheckReport:
     unread = sum(pool.drops.counts().values())
     kind = next((found for found in map(guess_kind, rows) if found != UNKNOWN), UNKNOWN)
     if kind == TEXT:
-        _fill_texts(texts, pool.drops, rows)
+        _each(rows, lambda row: texts.append(text_of(row)), pool.drops)
     elif kind != UNKNOWN:
-        _fill(pool, kind, rows)
+        _each(rows, partial(FILL[kind], pool), pool.drops)
     tokens = _token_lengths(pool, texts, tokenizer) if tokenizer is not None else {}
     k = Counter(len(row.ranks) for row in pool.comparisons)
     tied = sum(one == other for row in pool.comparisons for one, other in combinations(row.ranks, 2))
@@ -159,20 +160,13 @@ def _of_plain_text(path: str, tokenizer: Tokenizer | None) -> CheckReport:
     return CheckReport(path, TEXT, len(texts), 0, (), {"documents": len(texts)}, {}, {}, 0, 0, tokens)
 
 
-def _fill_texts(texts: list[str], drops: Drops, rows: Iterable[RawRow]) -> None:
+def _each(rows: Iterable[RawRow], take: Callable[[RawRow], None], drops: Drops) -> None:
+    """Takes every row; one that cannot be used is counted, and the next is tried."""
     for row in rows:
         try:
-            texts.append(text_of(row))
+            take(row)
         except DataError as error:
             drops.add(error)
-
-
-def _fill(pool: Pool, kind: str, rows: Iterable[RawRow]) -> None:
-    for row in rows:
-        try:
-            FILL[kind](pool, row)
-        except DataError as error:
-            pool.drops.add(error)
 
 
 def _token_lengths(pool: Pool, texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Lengths]:

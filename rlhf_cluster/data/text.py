@@ -18,10 +18,15 @@ from rlhf_cluster.records import Pretraining
 
 def read_texts(path: str) -> Iterator[str]:
     """The documents of a file, a directory or a pattern. Raises DataError for none at all, or a row without text."""
-    if path.lower().endswith(".txt"):
+    if is_plain_text(path):
         yield from _plain_texts(path)
         return
     yield from map(text_of, read_rows(path))
+
+
+def is_plain_text(path: str) -> bool:
+    """Whether a path names files of text itself, each a document, and not of rows."""
+    return path.lower().endswith(".txt")
 
 
 def text_of(row: RawRow) -> str:

@@ -21,9 +21,6 @@ COMPARISONS_FILE = "comparisons.parquet"
 
 def run_rm(run: Run) -> None:
     """Stage 2: `stages/rm`, a plain body with its score head, and its agreement with held-out rankings."""
-    if run.output(rm.STAGE):
-        run.progress.note("rm: finished before, its output is used")
-        return
     comparisons, heldout = _rankings(run)
     run.metrics.cut(rm.STAGE, 0)
     with run.directory.commit_stage(rm.STAGE) as output:
@@ -47,9 +44,6 @@ def run_rm(run: Run) -> None:
 
 def run_dpo(run: Run) -> None:
     """Instead of stage 2 and 3, or before the third: `stages/dpo/policy`."""
-    if run.output(dpo.STAGE):
-        run.progress.note("dpo: finished before, its output is used")
-        return
     comparisons, heldout = _rankings(run)
     run.metrics.cut(dpo.STAGE, 0)
     with run.directory.commit_stage(dpo.STAGE) as output:

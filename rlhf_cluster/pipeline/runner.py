@@ -56,7 +56,10 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                     directory.write_config(to_yaml(cfg), overrides)  # not before: what the cluster refuses is no run
                     directory.write_environment(describe_environment())
                     for stage in cfg.stages:
-                        STAGES[stage](whole)
+                        if whole.output(stage):
+                            progress.note(f"{stage}: finished before, its output is used")
+                        else:
+                            STAGES[stage](whole)
             except* ppo.GuardrailError:
                 _report_a_stop(path, progress)
                 raise

@@ -22,9 +22,6 @@ SELECTION_PROMPTS = 64  # of it, at most
 
 def run_sft(run: Run) -> None:
     """Stage 1: `stages/sft/policy`."""
-    if run.output(sft.STAGE):
-        run.progress.note("sft: finished before, its output is used")
-        return
     run.metrics.cut(sft.STAGE, 0)
     with run.directory.commit_stage(sft.STAGE) as output:
         inputs = run.inputs
@@ -45,8 +42,8 @@ def run_sft(run: Run) -> None:
 
 def _select_epoch(run: Run, job: sft.SFTJob) -> None:
     """The epoch whose samples score highest becomes SFT's policy; a loss on held-out demonstrations would choose too
-    early (InstructGPT C.1). The prompts are PPO's own: whoever is chosen on held-out ones cannot
-    be judged by them."""
+    early (InstructGPT C.1). The prompts are PPO's own: whoever is chosen on held-out ones cannot be judged
+    by them."""
     epochs = range(1, run.cfg.sft.epochs + 1)
     scores = {epoch: run_async(partial(_mean_score, run, job.epoch_output(epoch))) for epoch in epochs}
     for epoch, score in scores.items():
@@ -60,8 +57,7 @@ def _select_epoch(run: Run, job: sft.SFTJob) -> None:
 
 
 async def _mean_score(run: Run, policy: Path) -> float:
-    cfg, prompts = run.cfg, run.inputs.prompts
-    prompts = prompts.slice(0, min(SELECTION_PROMPTS, len(prompts)))
+    cfg, prompts = run.cfg, run.inputs.prompts.slice(0, SELECTION_PROMPTS)
     members = heldout_members(prompts, SELECTION_STEP, cfg.evaluation.samples_per_prompt, cfg.seed)
     async with open_judges(cfg, run.attempt, policy) as (generation, reward):
         scores = [await reward.score(rollouts) async for rollouts in generation.sample(members)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlhf_cluster.scoring.patience import Patience, Patient
 from rlhf_cluster.scoring.samples import Answer, CallFailed, Sample
@@ -89,16 +89,7 @@ def test_backoff_doubles() -> None:
     patient(
         Asked(rule),
         clock,
-        Patience(
-            deadline_s=2.0,
-            retries=3,
-            backoff_s=0.5,
-            breaker_failures=99,
-            breaker_s=30.0,
-            batch_size=1,
-            concurrency=1,
-            budget_s=100.0,
-        ),
+        replace(PATIENCE, retries=3, breaker_failures=99, batch_size=1),
     )(samples("a"))
     assert clock.slept == [0.5, 1.0, 2.0]
 
@@ -155,16 +146,7 @@ def test_after_failures_in_a_row_nobody_is_asked_for_a_while() -> None:
 
 
 def test_calls_side_by_side_answer_in_order() -> None:
-    patience = Patience(
-        deadline_s=2.0,
-        retries=0,
-        backoff_s=0.0,
-        breaker_failures=3,
-        breaker_s=30.0,
-        batch_size=1,
-        concurrency=4,
-        budget_s=100.0,
-    )
+    patience = replace(PATIENCE, retries=0, backoff_s=0.0, batch_size=1, concurrency=4)
     assert list(patient(Asked(scores), Clock(), patience)(samples("abcdefgh")).scores) == [*map(float, range(97, 105))]
 
 
@@ -187,16 +169,7 @@ def test_one_that_hangs_in_every_batch_costs_the_budget_and_no_more() -> None:
         return scores([sample.sample_id for sample in batch])
 
     clock = Clock()
-    patience = Patience(
-        deadline_s=2.0,
-        retries=1,
-        backoff_s=0.5,
-        breaker_failures=99,
-        breaker_s=30.0,
-        batch_size=4,
-        concurrency=1,
-        budget_s=21.0,
-    )
+    patience = replace(PATIENCE, breaker_failures=99, budget_s=21.0)
     ask = Patient(call, patience, clock, clock.sleep)
     found = ask(samples("abcdefghij"))
     # a to d together 8 s, a alone twice 2 s with a pause of 0.5 s: 8.5 s of 21 s are left. e to h together half of
@@ -221,16 +194,7 @@ def test_a_batch_leaves_time_to_ask_each_alone() -> None:
     clock = Clock()
     ask = Patient(
         call,
-        Patience(
-            deadline_s=50.0,
-            retries=0,
-            backoff_s=0.0,
-            breaker_failures=99,
-            breaker_s=30.0,
-            batch_size=4,
-            concurrency=1,
-            budget_s=60.0,
-        ),
+        replace(PATIENCE, deadline_s=50.0, retries=0, backoff_s=0.0, breaker_failures=99, budget_s=60.0),
         clock,
         clock.sleep,
     )
@@ -249,15 +213,8 @@ def test_samples_whose_batch_took_all_the_time_count_for_the_breaker() -> None:
     clock = Clock()
     ask = Patient(
         call,
-        Patience(
-            deadline_s=50.0,
-            retries=0,
-            backoff_s=0.0,
-            breaker_failures=4,
-            breaker_s=1000.0,
-            batch_size=4,
-            concurrency=1,
-            budget_s=60.0,
+        replace(
+            PATIENCE, deadline_s=50.0, retries=0, backoff_s=0.0, breaker_failures=4, breaker_s=1000.0, budget_s=60.0
         ),
         clock,
         clock.sleep,
