@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup
 from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, Starter, open_rooms
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config import LoRAConfig, RunConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.inputs import load_inputs
 from rlhf_cluster.records import Prompts, ReferencedRollouts
@@ -33,6 +33,7 @@ from rlhf_cluster.telemetry.timer import Timeline, Timer
 
 STEPS = 3
 GANGS = [(3, 2), (2, 2), (0, 2), (1, 4), (0, 1)]  # ZeRO stage, ranks; the first is opened with the rooms
+NO_ADAPTERS, ADAPTERS = LoRAConfig(), LoRAConfig(rank=4, alpha=8.0)
 SAME = pytest.approx  # metrics of two gangs: float32, added up in another order
 STORY = (
     *("actor/pg_loss", "actor/grad_norm", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy"),
@@ -66,10 +67,12 @@ class Scene:
     logs: Path
 
     @asynccontextmanager
-    async def gang(self, stage: int, ranks: int) -> AsyncIterator[tuple[Rooms, LearnerGroup]]:
+    async def gang(
+        self, stage: int, ranks: int, lora: LoRAConfig = NO_ADAPTERS
+    ) -> AsyncIterator[tuple[Rooms, LearnerGroup]]:
         """The rooms with another gang in the learner's place, and a weight store of its own."""
-        cfg = with_gang(self.cfg, stage, ranks)
-        starter = Starter(cfg, Attempt(f"test-zero-{stage}-ranks-{ranks}", 1, self.logs / f"{stage}-{ranks}"))
+        cfg, name = with_gang(self.cfg, stage, ranks, lora), f"zero-{stage}-ranks-{ranks}-lora-{lora.rank}"
+        starter = Starter(cfg, Attempt(f"test-{name}", 1, self.logs / name))
         try:
             hosts, channel = await starter.start_learner(self.paths)
             learner = LearnerGroup(hosts, channel, cfg.cluster.call_timeout_s)
@@ -78,6 +81,15 @@ class Scene:
             yield dataclasses.replace(self.opened.rooms, generation=generation, learner=learner), learner
         finally:
             await starter.end()
+
+    async def train_from_the_start(
+        self, directory: Path, stage: int, ranks: int, lora: LoRAConfig = NO_ADAPTERS
+    ) -> Trained:
+        """With a gang of its own; generation goes back to the first policy by receiving version 0 again."""
+        async with self.gang(stage, ranks, lora) as (rooms, learner):
+            await learner.publish(0)
+            await rooms.generation.receive(0)
+            return await self.train(rooms, directory)
 
     async def train(self, rooms: Rooms, directory: Path, start: ppo.Start = ppo.AT_FIRST) -> Trained:
         with MetricsLog([JsonlSink(directory / "metrics.jsonl")], pytest.fail) as metrics:
@@ -98,10 +110,11 @@ class Scene:
         )
 
 
-def with_gang(cfg: RunConfig, stage: int, ranks: int) -> RunConfig:
+def with_gang(cfg: RunConfig, stage: int, ranks: int, lora: LoRAConfig = NO_ADAPTERS) -> RunConfig:
     engine = dataclasses.replace(cfg.learner.engine, zero_stage=stage)
     resources = dataclasses.replace(cfg.learner.resources, workers=ranks)
-    return dataclasses.replace(cfg, learner=dataclasses.replace(cfg.learner, engine=engine, resources=resources))
+    learner = dataclasses.replace(cfg.learner, engine=engine, resources=resources, lora=lora)
+    return dataclasses.replace(cfg, learner=learner)
 
 
 def some_text(directory: Path) -> Path:
@@ -145,16 +158,11 @@ def scene(
 def trained(
     scene: Scene, runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[tuple[int, int], Trained]:
-    """Every gang trains from the same policy; generation goes back to it by receiving version 0 again."""
-
-    async def with_another(stage: int, ranks: int) -> Trained:
-        async with scene.gang(stage, ranks) as (rooms, learner):
-            await learner.publish(0)
-            await rooms.generation.receive(0)
-            return await scene.train(rooms, tmp_path_factory.mktemp(f"zero-{stage}-ranks-{ranks}"))
-
+    """Every gang trains from the same policy."""
     first = runner.run(scene.train(scene.opened.rooms, tmp_path_factory.mktemp("first")))
-    return {GANGS[0]: first} | {gang: runner.run(with_another(*gang)) for gang in GANGS[1:]}
+    return {GANGS[0]: first} | {
+        gang: runner.run(scene.train_from_the_start(tmp_path_factory.mktemp("gang"), *gang)) for gang in GANGS[1:]
+    }
 
 
 @pytest.mark.parametrize("gang", GANGS)
@@ -215,6 +223,17 @@ def test_zero_stages_and_numbers_of_ranks_agree(trained: Mapping[Any, Trained], 
         mine, theirs = trained[gang].metrics[step], first.metrics[step]
         assert {name: mine[name] for name in STORY} == SAME({name: theirs[name] for name in STORY}, rel=1e-4, abs=1e-4)
     assert distance(trained[gang], first) < 1e-4
+
+
+def test_adapters_are_the_same_on_one_rank_and_on_two(
+    scene: Scene, trained: Mapping[Any, Trained], runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    one, other = (
+        runner.run(scene.train_from_the_start(tmp_path / f"{stage}", stage, ranks, ADAPTERS))
+        for stage, ranks in [(0, 1), (3, 2)]
+    )
+    assert distance(one, other) < 1e-4
+    assert distance(one, trained[(0, 1)]) > 1e-3, "without adapters it would be the same"
 
 
 def test_in_bfloat16_learner_and_vllm_differ_by_rounding(
