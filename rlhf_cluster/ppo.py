@@ -13,20 +13,21 @@ beyond 0 the time of its arrival decides which of the versions in between evalua
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import numpy as np
 
 from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.loop.admission import DROPPED, FILTERED, Admission, Batch
-from rlhf_cluster.loop.control import Control
+from rlhf_cluster.loop.control import Control, KLCoefficient
 from rlhf_cluster.loop.guardrails import Alarm, Guardrails, Rail, gravest
 from rlhf_cluster.records import Controls, Members, Rollouts, ScoredRollouts, UpdateStats, join
 from rlhf_cluster.rooms import Rooms
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 STAGE = "ppo"
 RUN_STATE = "run.json"
+PAUSE_S = 10.0  # between two tries for a batch that has no row yet
 
 
 class Batches(Protocol):
@@ -94,8 +96,10 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
         for step in range(start.step, cfg.steps):
             with log.timer("step"):
                 for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
-                    batches.append(collecting.create_task(collect(rooms, ahead, prompts, cfg, log.timer)))
+                    batches.append(collecting.create_task(collect(rooms, ahead, prompts, cfg, log)))
                 batch = await batches.popleft()
+                if not len(batch.rows):
+                    await give_up(rooms, step, batch, control, rails, log)
                 early = rails.before(batch.rows)
                 controls = control.before(batch.rows.score, learn=gravest(early) in ("", "warn"))
                 with log.timer("update"):
@@ -116,18 +120,26 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                     await save(rooms, stats.weight_version, control, rails, log)
 
 
-async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, timer: Timer) -> Batch:
+async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, log: Log) -> Batch:
     """One batch, from its members to rows that the learner has evaluated. Members that failed or were filtered are
-    replaced by others, a few times; then the batch runs short."""
+    replaced by others, a few times; then the batch runs short. While it has no row at all others are tried for longer:
+    whoever gives the scores may come back."""
     together = cfg.samples_per_prompt if cfg.advantage.compares_groups else 1
     admission = Admission(cfg.advantage.compares_groups, cfg.dynamic_sampling)
     members = prompts.members(step, cfg.batch_size, cfg.samples_per_prompt)
     await rooms.learner.begin(step, members.sample_id)
-    for attempt in range(cfg.max_refill + 1):
-        await evaluate_all(rooms, step, members, admission, timer)
+    end, clock = math.inf, asyncio.get_running_loop().time
+    for attempt in itertools.count():
+        await evaluate_all(rooms, step, members, admission, log.timer)
         gone = admission.gone()
-        if not gone or attempt == cfg.max_refill:
+        late = attempt >= cfg.max_refill
+        if attempt == cfg.max_refill:
+            end = clock() + cfg.empty_wait_s
+        if not gone or (late and (admission.any() or clock() >= end)):
             break
+        if late:
+            log.warn(f"iteration {step + 1}: no sample has a score yet ({reasons(admission.batch())}); tries again")
+            await asyncio.sleep(PAUSE_S)
         members = prompts.refill(step, attempt, len(gone) // together, together)
         await rooms.learner.replace(step, gone, members.sample_id)
     restored = admission.restore_filtered(gone)
@@ -136,13 +148,22 @@ async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, tim
         await rooms.learner.replace(step, missing, [])
     if len(restored):
         await rooms.learner.add(step, restored)
-    batch = admission.batch()
-    if not len(batch.rows):
-        raise EmptyBatchError(
-            f"iteration {step + 1}: none of its {cfg.batch_size} samples has a score to train on ({reasons(batch)}); "
-            "mend the reward, or give it more time (reward.deadline_s, cluster.call_timeout_s)"
-        )
-    return batch
+    return admission.batch()
+
+
+async def give_up(rooms: Rooms, step: int, batch: Batch, control: Control, rails: Guardrails, log: Log) -> NoReturn:
+    """An iteration without a row: what failed goes on record, the policy so far into a checkpoint."""
+    log.rollouts.write(step, batch.table())
+    last = log.checkpoints.latest()
+    if step > (last.step if last else 0):
+        with log.timer("save_checkpoint"):
+            await save(rooms, step, control, rails, log)
+    samples = sum(map(len, batch.others.values()))
+    raise EmptyBatchError(
+        f"iteration {step + 1}: none of its {samples} samples has a score to train on ({reasons(batch)}); mend the "
+        "reward, or give it more time (reward.deadline_s, cluster.call_timeout_s), and give the same command again: "
+        "the run goes on from here"
+    )
 
 
 async def evaluate_all(rooms: Rooms, step: int, members: Members, admission: Admission, timer: Timer) -> None:
@@ -217,18 +238,22 @@ def is_checkpoint(step: int, cfg: PPOConfig) -> bool:
 
 
 def make_control(cfg: PPOConfig, start: Start) -> Control:
-    """The KL coefficient and the score normaliser as configured, or as they were when the run was cut off."""
-    kl = cfg.kl
-    adaptive = kl.kind == "adaptive"
-    control = Control(AdaptiveKL(kl.coef, kl.target, kl.horizon) if adaptive else FixedKL(kl.coef), cfg.score_norm)
+    """The KL coefficients and the score normaliser as configured, or as they were when the run was cut off."""
+
+    def coefficient(coef: float) -> KLCoefficient:
+        steers = cfg.kl.kind == "adaptive" and coef > 0
+        return AdaptiveKL(coef, cfg.kl.target, cfg.kl.horizon) if steers else FixedKL(coef)
+
+    control = Control(coefficient(cfg.kl.coef), coefficient(cfg.kl.loss_coef), cfg.score_norm)
     if start.control:
         control.restore(start.control)
     return control
 
 
 def make_guardrails(cfg: PPOConfig, start: Start) -> Guardrails:
-    max_skips = cfg.guardrails.max_skips
-    rails = Guardrails({name: Rail(rail.limit, rail.action) for name, rail in cfg.guardrails.rails.items()}, max_skips)
+    asked = cfg.guardrails
+    limits = {name: Rail(rail.limit, rail.action) for name, rail in asked.rails.items()}
+    rails = Guardrails(limits, asked.not_finite, asked.max_skips)
     rails.restore(start.guardrails)
     return rails
 
@@ -273,6 +298,7 @@ def write_down(
             "fault/dropped": float(len(batch.others.get(DROPPED, ()))),
             **{f"guard/{alarm.name}": alarm.value for alarm in alarms},
             "actor/kl_coef": controls.kl_coef,
+            "actor/kl_loss_coef": controls.kl_loss_coef,
             "sync/version": stats.weight_version,
             "perf/total_num_tokens": tokens,
             "perf/throughput": tokens / seconds["timing_s/step"],

@@ -261,10 +261,12 @@ def _with_answer(table: pa.Table, answer: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class Controls:
-    """What the driver steers one `update` by: the KL coefficient, and by what scores are normalised before they are
-    rewards, (score - mean) / std. Where it is not to `learn`, the batch is looked at and no weight moves."""
+    """What the driver steers one `update` by: the KL coefficients, in the rewards and in the policy's loss, and by what
+    scores are normalised before they are rewards, (score - mean) / std. Where it is not to `learn`, the batch is looked
+    at and no weight moves."""
 
     kl_coef: float
+    kl_loss_coef: float = 0.0
     score_mean: float = 0.0
     score_std: float = 1.0
     learn: bool = True

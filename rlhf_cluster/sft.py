@@ -1,8 +1,9 @@
 """Stage 1: supervised fine-tuning on demonstrations (InstructGPT section 3.5, C.1).
 
 The loss is on response tokens only, with EOS as a label; a cosine schedule down to a tenth; several demonstrations
-share a row, kept apart by their positions. Text may be mixed in, of which every token is a label (C.3). Every rank runs
-`train`; Ray Train starts them, DeepSpeed is the engine.
+share a row, kept apart by their positions. Text may be mixed in, of which every token is a label (C.3): its share is
+one of the loss, since a block of text has many more labels than a response. Every rank runs `train`; Ray Train starts
+them, DeepSpeed is the engine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rlhf_cluster.data.seeded import EndlessOrder
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.schedule import learning_rate
-from rlhf_cluster.models.batching import filled_up, micro_batches, pack, singles
+from rlhf_cluster.models.batching import PackedBatch, filled_up, micro_batches, pack, singles
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import (
     add_residual_dropout,
@@ -59,6 +60,12 @@ class SFTJob:
         blocks = self.pretraining.token_ids
         prompts = [*self.demonstrations.prompt_ids, *(block[:1] for block in blocks)]
         return prompts, [*self.demonstrations.response_ids, *(block[1:] for block in blocks)]
+
+    def masks(self, batch: PackedBatch) -> torch.Tensor:
+        """Whether a token is a label of a demonstration, or of text; neither of a dummy: f32 [2, N]."""
+        own = np.repeat(batch.sequences, batch.response_lengths)
+        text = own >= len(self.demonstrations)
+        return torch.from_numpy(np.stack([(own >= 0) & ~text, text])).float()
 
     def rows(self) -> list[list[int]]:
         """Which demonstrations share a row."""
@@ -101,13 +108,13 @@ def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
     total = job.steps()
     for step, rows in enumerate(job.batches()):
         began = time.perf_counter()
-        loss, tokens = gradient(engine, job, rows)
+        losses, tokens = gradient(engine, job, rows)
         rate = learning_rate(job.cfg.optimizer, step, total)
         norm = engine.step(rate)
         if ranks.rank == 0:
             seconds = time.perf_counter() - began
-            metrics = {"sft/loss": loss, "sft/grad_norm": norm, "sft/lr": rate}
-            report(step, {**metrics, "timing_s/step": seconds, "perf/throughput": tokens / seconds})
+            metrics = {"sft/grad_norm": norm, "sft/lr": rate, "timing_s/step": seconds}
+            report(step, {**losses, **metrics, "perf/throughput": tokens / seconds})
         epoch, left = divmod(step + 1, total // job.cfg.epochs)
         if job.cfg.select == "reward" and not left:
             leave(job.epoch_output(epoch))
@@ -115,17 +122,27 @@ def train(ranks: Ranks, job: SFTJob, report: Report) -> None:
         leave(job.output)
 
 
-def gradient(engine: TrainEngine, job: SFTJob, rows: list[list[int]]) -> tuple[float, float]:
-    """Accumulates the gradient of one batch over all ranks; (mean loss per response token, tokens trained on)."""
+def gradient(engine: TrainEngine, job: SFTJob, rows: list[list[int]]) -> tuple[dict[str, float], float]:
+    """Accumulates the gradient of one batch over all ranks; (its mean losses, tokens trained on).
+
+        L = (1 - share) * mean over response tokens + share * mean over the tokens of text
+
+    The share is 0 for a batch without text.
+    """
     ranks, own = engine.ranks, rows[engine.ranks.rank :: engine.ranks.world]
     batches = micro_batches(*job.sequences, own, job.cfg.engine.tokens_per_micro_batch)
-    counts = torch.tensor([sum(int(b.response_lengths.sum()) for b in batches), sum(b.padded_tokens for b in batches)])
-    responses, padded = ranks.sum(counts.double()).tolist()
-    total = torch.zeros((), dtype=torch.float64)
-    device = compute_device()
+    counts = [job.masks(batch).sum(1, dtype=torch.float64) for batch in batches]
+    labels = ranks.sum(sum(counts, torch.zeros(2, dtype=torch.float64)))  # of demonstrations, of text
+    share = job.cfg.pretraining_share if labels[1] else 0.0
+    weights = torch.tensor([1 - share, share], dtype=torch.float64) / labels.clamp(min=1)
+    total, device = torch.zeros(2, dtype=torch.float64), compute_device()
     for batch in filled_up(batches, int(ranks.max(len(batches)))):
         logprobs, _ = engine(*batch.to(device).policy_arguments(), 1.0)
-        loss = sft_loss(logprobs, torch.full_like(logprobs, float((batch.sequences >= 0).all())))
-        engine.backward(loss / responses)
-        total += float(loss.detach())
-    return float(ranks.sum(total)) / responses, padded
+        masks = job.masks(batch).to(logprobs)
+        losses = torch.stack([sft_loss(logprobs, mask) for mask in masks])
+        engine.backward((losses * weights.to(losses)).sum())
+        total += losses.detach().double().cpu()
+    means = (ranks.sum(total) / labels.clamp(min=1)).tolist()
+    padded = ranks.sum(torch.tensor(sum(b.padded_tokens for b in batches), dtype=torch.float64))
+    told = {"sft/loss": means[0]} | ({"sft/pretraining_loss": means[1]} if share else {})
+    return told, float(padded)

@@ -5,8 +5,8 @@ figures 33 and 34 to be met or missed.
     python benchmarks/learning/alignment_tax.py --text FILE [--seeds 0 1 2] [--coef 1.0] [--out DIR]
 
 FILE is plain text; the last fifth of its paragraphs is held out, the mix is of the others. Every run is
-`rlhf-cluster run`, as a person types it; what is finished is not run again. Leaves `alignment_tax.json` beside this
-file, and prints the table.
+`rlhf-cluster run`, as a person types it; what is finished is not run again. Leaves `alignment_tax.json` and
+`alignment_tax.png` beside this file, and prints the table.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 from pathlib import Path
 
 import arms
+import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -56,6 +57,7 @@ def main() -> None:
         print(f"| {stage} | {mean:.3f} ± {error:.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
     everything = {"seeds": args.seeds, "coef": args.coef, "window": WINDOW, "tokens": TOKENS, "perplexity": found}
     (HERE / "alignment_tax.json").write_text(json.dumps(everything, indent=1) + "\n")
+    draw(found, HERE / "alignment_tax.png")
 
 
 def split(text: Path, directory: Path) -> tuple[Path, str]:
@@ -102,6 +104,17 @@ def perplexity(policy: Path, text: str) -> float:
     ids = torch.tensor(tokenizer(text)["input_ids"][:TOKENS]).view(-1, WINDOW)
     losses = [float(model(input_ids=window, labels=window).loss) for window in ids.split(8)]
     return math.exp(sum(losses) / len(losses))
+
+
+def draw(found: dict[str, list[float]], path: Path) -> None:
+    """A bar for each policy's mean, a dot for each seed."""
+    figure, axes = plt.subplots(figsize=(6, 3.8), constrained_layout=True)
+    axes.bar(list(found), [arms.mean_and_error(values)[0] for values in found.values()], color="0.8")
+    for place, values in enumerate(found.values()):
+        axes.plot([place] * len(values), values, "k.")
+    axes.axhline(found["pretrained"][0], color="0.4", linestyle="--", linewidth=1)
+    axes.set(ylabel="perplexity, held-out text", title="What alignment costs elsewhere (lower is better)")
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

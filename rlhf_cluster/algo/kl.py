@@ -84,6 +84,9 @@ class AdaptiveKL:
                 raise ValueError(f"adaptive {name} {value}; it must be a finite number above 0, or it could never move")
 
     def update(self, kl: float, batch_size: int) -> None:
-        """Told after a batch of `batch_size` responses; `kl` is the mean over them of k1 summed over tokens."""
+        """Told after a batch of `batch_size` responses; `kl` is the mean over them of k1 summed over tokens. A KL that
+        is not finite says nothing: the coefficient stays."""
+        if not math.isfinite(kl):
+            return
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * batch_size / self.horizon

@@ -135,7 +135,8 @@ def ipo_loss(log_ratios: Tensor, ranks: Tensor, beta: float) -> RankingLoss:
         L = 1 / |kept pairs| * sum_{(w, l)} (h_w - h_l - 1 / (2 beta))^2        h = log pi(y|x) / pi_ref(y|x)
 
     log_ratios [K], ranks [K], 1 the best. The margin is driven to a finite place, which no sure preference moves on.
-    Margins are those of the rewards beta x h.
+    Margins are those of the rewards beta x h. The log ratios are sums over tokens, as in the paper; TRL divides each by
+    its response's length, so its beta is not this one.
     """
     margins = _margins(log_ratios, ranks)
     return _over_pairs((margins - 1 / (2 * beta)).square(), beta * margins)

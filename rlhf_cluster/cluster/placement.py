@@ -25,7 +25,7 @@ from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.records import Pretraining
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import NoReference, Rooms
-from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs
+from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs, from_here
 from rlhf_cluster.weights.snapshot import store_directory
 from rlhf_cluster.weights.store import WeightStore, sweep
 
@@ -102,7 +102,7 @@ class Starter:
         cfg = self.cfg
         model, budget = cfg.model, reward_budget_s(cfg)
         inputs = ScorerInputs(str(reward_model), str(policy), model.dtype, model.attention, cfg.seed, budget)
-        return self.start(RewardWorker, "reward", cfg.reward.resources, (cfg.reward, inputs))
+        return self.start(RewardWorker, "reward", cfg.reward.resources, (from_here(cfg.reward), inputs))
 
     async def start_learner(self, inputs: PPOInputs) -> tuple[list[Host], WeightChannel]:
         """All ranks in one placement group, so that they start together or not at all, and the weight store beside

@@ -76,12 +76,14 @@ def to_yaml(cfg: RunConfig) -> str:
 def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
     """`key=value, was value` of every key of `cfg` that makes it another run than `before`.
 
-    Where a run lies, how it is shown, and on how much it computes may change when it goes on: a training state opens on
-    any number of workers.
+    Where a run lies, how it is shown, on how much it computes, its limits and its patience may change when it goes on:
+    a training state opens on any number of workers, and what stopped a run can be mended.
     """
     may_change = re.compile(
-        r"dir|resume|ppo\.(save_every|keep_checkpoints)|(logging|cluster)\..*|.*\.resources\..*"
-        r"|.*\.(tokens_per_micro_batch|zero_stage|offload_optimizer)|generation\.(max_num_seqs|kv_cache_memory|flush_ms)"
+        r"dir|resume|ppo\.(save_every|keep_checkpoints|empty_wait_s|guardrails\..*)|(logging|cluster)\..*"
+        r"|reward\.(deadline_s|retries|backoff_s|breaker_failures|breaker_s|batch_size|concurrency|token_env)"
+        r"|.*\.resources\..*|.*\.(tokens_per_micro_batch|zero_stage|offload_optimizer)"
+        r"|generation\.(max_num_seqs|kv_cache_memory|flush_ms)"
     )
     old = dict(leaves(before))
     changed = [(key, new) for key, new in leaves(cfg) if new != old[key] and not may_change.fullmatch(key)]
@@ -108,9 +110,11 @@ def _groups() -> set[str]:
 
 
 def _with_choices_named(tree: DictConfig, overrides: Sequence[Override]) -> DictConfig:
-    """Hydra composes the recipe after all groups, so it would win over a choice that was named beside it."""
+    """Hydra composes the recipe after all groups, so it would win over a choice that was named beside it. A named `kl`
+    wins over that of a named `advantage`."""
     groups = _groups()
     choices = [one for one in overrides if one.key_or_group in groups - {"recipe"} and isinstance(one.value(), str)]
+    choices.sort(key=lambda choice: choice.key_or_group == "kl")
     for choice in choices:
         path = conf_directory() / choice.key_or_group / f"{choice.value()}.yaml"
         package = PACKAGE_HEADER.search(path.read_text())

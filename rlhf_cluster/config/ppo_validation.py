@@ -31,9 +31,11 @@ def validate_ppo(cfg: RunConfig) -> None:
         f"{', '.join(str(n) for n in range(1, ppo.minibatch_size + 1) if ppo.minibatch_size % n == 0)}",
     )
     _validate_advantage(cfg)
+    _validate_scores(cfg)
     _validate_guardrails(cfg)
     _validate_kl(cfg)
-    _validate_ptx(cfg)
+    if ppo.ptx.coef:
+        validate_text(cfg, f"ppo.ptx.coef={ppo.ptx.coef}")
     parallel, gpus = cfg.generation.tensor_parallel, cfg.generation.resources.num_gpus
     require(
         parallel == 1 or not gpus or parallel == gpus,
@@ -59,6 +61,19 @@ def _validate_advantage(cfg: RunConfig) -> None:
         f"ppo.dynamic_sampling=true, but ppo.advantage.kind={kind} compares no responses; use one that does, as grpo",
     )
     require(
+        not ppo.dynamic_sampling or ppo.max_refill > 0,
+        "ppo.dynamic_sampling=true, but ppo.max_refill=0 samples nothing anew; use 1 or more",
+    )
+    require(
+        ppo.ratio == "token" or ppo.advantage.compares_groups,
+        f"ppo.ratio={ppo.ratio}, but ppo.advantage.kind={kind} tells the tokens of a response apart, which one ratio "
+        "for all of them undoes; use ppo.ratio=token, or an advantage that compares responses, as grpo",
+    )
+    require(
+        ppo.advantage.gamma == 1 or not ppo.advantage.compares_groups,
+        f"ppo.advantage.gamma={ppo.advantage.gamma}, but ppo.advantage.kind={kind} discounts nothing; use 1",
+    )
+    require(
         ppo.advantage.needs_critic or ppo.critic_warmup == 0,
         f"ppo.critic_warmup={ppo.critic_warmup}, but ppo.advantage.kind={kind} has no critic; use 0",
     )
@@ -66,22 +81,48 @@ def _validate_advantage(cfg: RunConfig) -> None:
         ppo.critic_warmup < ppo.steps,
         f"ppo.critic_warmup={ppo.critic_warmup} leaves none of ppo.steps={ppo.steps} to the policy; lower it",
     )
+    require(
+        ppo.result == "policy" or ppo.ema_decay > 0,
+        f"ppo.result={ppo.result}, but ppo.ema_decay={ppo.ema_decay} keeps no average; use a decay as 0.992",
+    )
+    require(
+        ppo.result == "policy" or not cfg.evaluation.every or not ppo.max_staleness,
+        f"evaluation.every={cfg.evaluation.every} samples from the average (ppo.result={ppo.result}), and with "
+        f"ppo.max_staleness={ppo.max_staleness} batches would be sampled from it too; set one of them to 0",
+    )
+
+
+def _validate_scores(cfg: RunConfig) -> None:
+    """What becomes of scores before they are rewards."""
+    ppo = cfg.ppo
+    replaced, penalty = ppo.missing_eos == "replace", ppo.missing_eos_penalty
+    require(
+        not replaced or penalty > 0,
+        f"ppo.missing_eos=replace, but ppo.missing_eos_penalty={penalty:g}: a response that scores below 0 would gain "
+        "by not ending; use a penalty as 1",
+    )
+    require(
+        not cfg.generation.ignore_eos or not (replaced or penalty),
+        f"generation.ignore_eos=true: no response ends, so ppo.missing_eos_penalty={penalty:g} would fall on all "
+        "alike; use ppo.missing_eos=subtract and 0",
+    )
     longest = cfg.generation.max_response_tokens
     require(
         ppo.overlong_buffer <= longest,
         f"ppo.overlong_buffer={ppo.overlong_buffer} is more than generation.max_response_tokens={longest}; lower it",
-    )
-    require(
-        ppo.result == "policy" or ppo.ema_decay > 0,
-        f"ppo.result={ppo.result}, but ppo.ema_decay={ppo.ema_decay} keeps no average; use a decay as 0.992",
     )
 
 
 def _validate_kl(cfg: RunConfig) -> None:
     kl = cfg.ppo.kl
     if kl.kind == "adaptive":
-        for key, number in (("coef", kl.coef), ("target", kl.target), ("horizon", kl.horizon)):
+        for key, number in (("target", kl.target), ("horizon", kl.horizon)):
             require(number > 0, f"ppo.kl.{key}={number}: with ppo.kl.kind=adaptive it must be above 0")
+        require(
+            (kl.coef > 0) != (kl.loss_coef > 0),
+            f"ppo.kl.coef={kl.coef}, ppo.kl.loss_coef={kl.loss_coef}: ppo.kl.kind=adaptive steers one coefficient; set "
+            "one of the two above 0",
+        )
         require(
             kl.horizon > 0.2 * cfg.ppo.batch_size,
             f"ppo.kl.horizon={kl.horizon}: one batch of {cfg.ppo.batch_size} could turn the coefficient negative; use "
@@ -96,12 +137,10 @@ def _validate_kl(cfg: RunConfig) -> None:
     )
 
 
-def _validate_ptx(cfg: RunConfig) -> None:
+def validate_text(cfg: RunConfig, asks: str) -> None:
+    """There is text for what `asks` to mix it in, in blocks that can be learnt from."""
     ptx = cfg.ppo.ptx
-    require(
-        ptx.coef == 0 or bool(cfg.data.pretraining),
-        f"ppo.ptx.coef={ptx.coef}, but data.pretraining is empty; name a file of text",
-    )
+    require(bool(cfg.data.pretraining), f"{asks}, but data.pretraining is empty; name a file of text")
     require(
         ptx.tokens <= cfg.model.context,
         f"ppo.ptx.tokens={ptx.tokens} is more than model.context={cfg.model.context}; lower it",
@@ -123,6 +162,13 @@ def _validate_guardrails(cfg: RunConfig) -> None:
             f"{key}.action=rollback judges a policy by its samples, and it may be the last checkpoint; keep the "
             "one before it too: ppo.keep_checkpoints=2",
         )
+    of_old_samples = any(rail.limit and rail.action == "rollback" for rail in (rails.kl, rails.entropy, rails.length))
+    reach = (cfg.ppo.keep_checkpoints - 1) * cfg.ppo.save_every
+    require(
+        not of_old_samples or not cfg.ppo.keep_checkpoints or reach > cfg.ppo.max_staleness,
+        f"ppo.keep_checkpoints={cfg.ppo.keep_checkpoints}, ppo.save_every={cfg.ppo.save_every}: with "
+        f"ppo.max_staleness={cfg.ppo.max_staleness} the policy that a rollback goes back to may be gone; keep more",
+    )
     require(
         not rails.length.limit or rails.length.limit > 1,
         f"ppo.guardrails.length.limit={rails.length.limit}: a factor above 1, or 0 for none",

@@ -24,10 +24,12 @@ class SFTConfig:
     batch_size: int = count(32)  # packed sequences of a step over all workers
     packing: bool = True  # several demonstrations share a sequence, attention kept apart
     dropout: float = fraction(0.0)  # on what each layer adds to the residual stream; 0.2 in InstructGPT C.1
-    pretraining_share: float = fraction(0.0)  # of a step's sequences that are text from data.pretraining; 0.1 in
-    # InstructGPT C.3
+    pretraining_share: float = fraction(0.0)  # of a step's loss, and of its sequences as near as whole ones allow, that
+    # is text from data.pretraining; 0.1 in InstructGPT C.3
     select: str = one_of("last", "reward", default="last")  # last: the last epoch's policy goes on; reward: that of
-    # the epoch whose samples for prompts of PPO score highest (InstructGPT C.1)
+    # the epoch whose samples score highest (InstructGPT C.1)
+    select_prompts: int = count(64)  # of which there are samples then: held-out ones where no stage after SFT is judged
+    # by them, else some that nobody demonstrated
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9.65e-6, schedule="cosine"))
     engine: EngineConfig = field(default_factory=EngineConfig)
     resources: Resources = field(default_factory=Resources)
@@ -85,7 +87,7 @@ class KLConfig:
 
     kind: str = one_of("fixed", "adaptive", "none", default="fixed")  # adaptive: steers towards `target`; none: no
     # reference is started
-    coef: float = not_negative(0.02)  # beta; 0.02 in InstructGPT C.4; adaptive: where it begins
+    coef: float = not_negative(0.02)  # beta; 0.02 in InstructGPT C.4; adaptive: where it begins (or `loss_coef`)
     estimator: str = one_of("k1", "k2", "k3", default="k1")  # of the KL in the rewards; k1 is the papers'
     target: float = 6.0  # adaptive: nats per response; lm-human-preferences
     horizon: int = 10_000  # adaptive: responses over which it corrects itself; lm-human-preferences
@@ -149,8 +151,8 @@ class GuardrailsConfig:
     grad_norm: RailConfig = field(default_factory=RailConfig)  # of an optimizer step, before clipping, at most: but for
     # warn, a step beyond it is not taken
     max_skips: int = count(10)  # updates in a row that moved no weight, with which the run stops
-    not_finite: str = one_of("skip", "stop", default="stop")  # a gradient that is NaN or infinite moves nothing: go
-    # on, up to `max_skips`, or stop
+    not_finite: str = one_of(*RAIL_ACTIONS, default="stop")  # a gradient that is NaN or infinite moves nothing, so warn
+    # is skip here
 
     @property
     def rails(self) -> dict[str, RailConfig]:
@@ -169,6 +171,8 @@ class PPOConfig:
     epochs: int = count(1)  # passes over the batch
     max_refill: int = not_negative(1)  # rounds in which new prompts take the places of samples that failed or were
     # filtered
+    empty_wait_s: float = not_negative(300.0)  # how long an iteration, all of whose samples failed, tries more of them
+    # before the run stops
     dynamic_sampling: bool = False  # a prompt whose responses all score alike is filtered (DAPO)
     loss_mean: str = one_of("token", "response", "constant", default="token")  # policy loss of a minibatch: token,
     # the mean over its tokens; response, over responses of the mean over their tokens (GRPO); constant, the sum by
@@ -183,10 +187,12 @@ class PPOConfig:
     # never
     critic_warmup: int = not_negative(0)  # first iterations in which the critic alone learns
     value_clip: float = not_negative(0.2)  # not in the paper: lm-human-preferences
-    value_coef: float = 1.0  # scales the value loss; policy and critic have their own optimizers
+    value_coef: float = positive(1.0)  # scales the value loss; policy and critic have their own optimizers
     missing_eos: str = one_of("subtract", "replace", default="subtract")  # of a response without EOS: subtract the
     # penalty from its score, or replace the score by -penalty
-    missing_eos_penalty: float = not_negative(0.0)
+    missing_eos_penalty: float = not_negative(
+        0.0
+    )  # replace: above 0, or not to end would pay wherever scores are below
     score_norm: bool = False  # scores are brought to mean 0 and deviation 1 by those of all batches so far
     overlong_buffer: int = not_negative(0)  # last tokens of max_response_tokens, in which length costs more and more
     # (DAPO); 0: none

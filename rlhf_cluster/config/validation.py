@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from rlhf_cluster.config.bounds import require_one_of, within_bounds
-from rlhf_cluster.config.ppo_validation import validate_ppo, validate_reward
+from rlhf_cluster.config.ppo_validation import validate_ppo, validate_reward, validate_text
 from rlhf_cluster.config.refusal import require
 from rlhf_cluster.config.tree import STAGES, RunConfig, optimizers
 
@@ -55,7 +55,7 @@ def _validate_learning(cfg: RunConfig) -> None:
     for name, optimizer in optimizers(cfg):
         require(len(optimizer.betas) == 2, f"{name}.betas={list(optimizer.betas)}: there must be two")
         for beta in optimizer.betas:
-            require(0 <= beta <= 1, f"{name}.betas={beta}: it must be between 0 and 1")
+            require(0 <= beta < 1, f"{name}.betas={beta}: it must be from 0 up to but not 1")
     require(
         cfg.learner.lora.publish == "merged" or cfg.learner.lora.rank > 0,
         "learner.lora.publish=adapter, but learner.lora.rank=0 means that there are no adapters; set a rank",
@@ -66,6 +66,10 @@ def _validate_learning(cfg: RunConfig) -> None:
     )
     smoothing = cfg.dpo.label_smoothing
     require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing}: it must be from 0 up to but not 0.5")
+    require(
+        not smoothing or cfg.dpo.loss == "dpo",
+        f"dpo.label_smoothing={smoothing}, but dpo.loss={cfg.dpo.loss} has no such term; use 0",
+    )
 
 
 def _validate_data(cfg: RunConfig) -> None:
@@ -88,14 +92,12 @@ def _validate_sft(cfg: RunConfig) -> None:
     )
     share = cfg.sft.pretraining_share
     require(
-        not share or bool(cfg.data.pretraining),
-        f"sft.pretraining_share={share}, but data.pretraining is empty; name a file of text",
-    )
-    require(
         not share or cfg.sft.texts_per_step > 0,
         f"sft.pretraining_share={share} of a step of {cfg.sft.batch_size} sequences is less than one; raise it or "
         "sft.batch_size",
     )
+    if share:
+        validate_text(cfg, f"sft.pretraining_share={share}")
     if cfg.sft.select == "reward":
         validate_reward(cfg)
     needs = [part.kind for part in cfg.reward.parts if part.kind == "model" and not (part.path or cfg.reward.path)]

@@ -36,13 +36,17 @@ RESERVED_COLUMNS = set(ReferencedRollouts.COLUMNS) | set(Scores.COLUMNS) | {"gol
 
 
 def parse_prompt(row: RawRow) -> PromptRow:
-    """The prompt and its own columns: all that no layout above claims."""
+    """The prompt and its own columns: all that no layout above claims, and `prompt` where it was given as messages."""
     own = {name: value for name, value in row.values.items() if name not in KNOWN_COLUMNS}
     taken = sorted(RESERVED_COLUMNS & set(own))
     if taken:
         seen = f"{', '.join(taken)}; rollouts have columns of that name, rename it"
         raise DataError(row.place, "reserved column", seen)
-    return prompt_row(_messages(_column(row, "prompt"), "prompt", row.place), row.place, own)
+    given = _column(row, "prompt")
+    messages = _messages(given, "prompt", row.place)
+    if not isinstance(given, str):
+        own["prompt"] = [{"role": message.role, "content": message.content} for message in messages]
+    return prompt_row(messages, row.place, own)
 
 
 def parse_demonstration(row: RawRow) -> DemonstrationRow:

@@ -55,10 +55,9 @@ def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, tokens: int, place: P
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError(place, "the tokenizer has no EOS token", "every document ends with one; set it")
-    ids: list[int] = []
-    for text in texts:
-        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
+    documents = [np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], eos], np.int32) for text in texts]
+    ids = np.concatenate([np.empty(0, np.int32), *documents])
     count = len(ids) // tokens
     if not count:
         raise DataError(place, "too little text", f"{len(ids)} tokens; an example of the pretraining mix has {tokens}")
-    return Pretraining.of({"token_ids": list(np.array(ids[: count * tokens], np.int32).reshape(count, tokens))})
+    return Pretraining.of({"token_ids": list(ids[: count * tokens].reshape(count, tokens))})

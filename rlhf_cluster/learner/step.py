@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cluster.config import GuardrailsConfig
-from rlhf_cluster.engine.engine import EngineError, TrainEngine
+from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.learner.statistics import Tally
 
 
@@ -18,21 +18,19 @@ class Step:
     taken: bool
 
     def tally(self, tally: Tally, model: str) -> None:
-        """A norm that is not finite counts as a step left out alone: no mean has room for it."""
-        if math.isfinite(self.norm):
+        """A norm that is not finite counts as such alone: no mean has room for it."""
+        finite = math.isfinite(self.norm)
+        if finite:
             tally.mean(f"{model}/grad_norm", self.norm, 1)
             tally.top(f"{model}/grad_norm_max", self.norm)
+        tally.mean(f"{model}/not_finite", float(not finite), 1)
         tally.mean(f"{model}/steps_skipped", float(not self.taken), 1)
 
 
 def guarded_step(engine: TrainEngine, rate: float, guardrails: GuardrailsConfig) -> Step:
-    """An optimizer step that a gradient beyond its rail does not make; one that is not finite never does, and raises
-    EngineError unless such steps are to be left out. A collective."""
+    """An optimizer step that a gradient beyond its rail does not make, and one that is not finite never does. A
+    collective."""
     rail = guardrails.grad_norm
     limit = rail.limit if rail.limit and rail.action != "warn" else math.inf
-    if guardrails.not_finite == "stop" and limit == math.inf:
-        return Step(engine.step(rate), True)
     norm = engine.step_within(rate, limit)
-    if not math.isfinite(norm) and guardrails.not_finite == "stop":
-        raise EngineError(f"the gradient norm is {norm}, so no step was taken (ppo.guardrails.not_finite=stop)")
     return Step(norm, norm <= limit and math.isfinite(norm))

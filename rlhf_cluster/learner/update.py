@@ -20,6 +20,7 @@ from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.plan import BatchPlan
 from rlhf_cluster.learner.statistics import Tally, seconds_by_part, tally_experience
 from rlhf_cluster.models.batching import PackedBatch
+from rlhf_cluster.records import Controls
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,24 @@ class Updater:
         self,
         models: ActorCritic,
         experience: Experience,
+        controls: Controls,
         cfg: PPOConfig,
         generation: GenerationConfig,
         mix: PretrainingMix | None = None,
     ) -> None:
-        self._models, self._experience, self._cfg, self._generation = models, experience, cfg, generation
-        self._mix = mix
+        self._models, self._experience, self._controls = models, experience, controls
+        self._cfg, self._generation, self._mix = cfg, generation, mix
         self._tally = Tally()
         self._seconds: dict[str, float] = defaultdict(float)
 
-    def run(
-        self, plan: BatchPlan, seed: int, weight_version: int, rates: StepRates, step: int, learn: bool = True
-    ) -> dict[str, float]:
+    def run(self, plan: BatchPlan, seed: int, weight_version: int, rates: StepRates, step: int) -> dict[str, float]:
         """All epochs over all minibatches, or none where it is not to `learn`; the batch's metrics over all ranks."""
         tally_experience(self._tally, self._experience, weight_version)
         judged = self._models.critic.judged(self._experience, self._tally)
         own = [[self._experience.index[i] for i in ids if i in self._experience.index] for ids in plan.minibatches]
         sizes = self._sizes(own)
         minibatches = [minibatch for order in plan.orders(self._cfg.epochs, seed) for minibatch in order]
-        todo, done = minibatches if learn else [], 0
+        todo, done = minibatches if self._controls.learn else [], 0
         for done, minibatch in enumerate(todo, start=1):
             if not sizes[minibatch].responses:
                 continue  # the batch runs short: all of its rows have failed
@@ -145,8 +145,8 @@ class Updater:
         whole = loss.losses
         if cfg.entropy_coef:
             whole = whole - cfg.entropy_coef * at_tokens(entropies, mask)
-        if cfg.kl.loss_coef:
-            whole = whole + cfg.kl.loss_coef * self._kl_loss(batch, rows, logprobs, mask)
+        if self._controls.kl_loss_coef:
+            whole = whole + self._controls.kl_loss_coef * self._kl_loss(batch, rows, logprobs, mask)
         self._models.policy.backward((whole * weights).sum())
         count = float(mask.sum())
         self._tally.mean("actor/pg_loss", float((loss.losses.detach() * weights).sum()), count / size.tokens)

@@ -138,8 +138,8 @@ class LearnerWorker:
         longest = self._generation.max_response_tokens
         experience = make_experience(rows, self._ppo, controls, self._ranks, longest)
         rates = self._rates(step)
-        updater = Updater(self._models, experience, self._ppo, self._generation, self._mix)
-        metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates, step, controls.learn)
+        updater = Updater(self._models, experience, controls, self._ppo, self._generation, self._mix)
+        metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates, step)
         metrics |= seconds_by_part({"evaluate": batch.seconds})
         self._version = step + 1
         self._last = UpdateStats(step, self._version, metrics)

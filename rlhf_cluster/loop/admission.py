@@ -80,6 +80,10 @@ class Admission:
         gone, self._gone = sorted(self._gone), []
         return gone
 
+    def any(self) -> bool:
+        """Whether there are rows to train on, filtered ones among them where no other passed."""
+        return any(self._settled[TRAINED]) or any(self._settled[FILTERED])
+
     def restore_filtered(self, gone: Sequence[str]) -> ScoredRollouts:
         """Where nothing passed: of `gone`, the filtered rows after all. They teach nothing but say how the policy
         does."""

@@ -1,4 +1,4 @@
-"""What the driver carries from one iteration to the next: the KL coefficient, and what scores are normalised by.
+"""What the driver carries from one iteration to the next: the KL coefficients, and what scores are normalised by.
 
 It watches each batch, gives the `Controls` of its update, and is saved with every checkpoint as plain numbers. It knows
 neither rooms nor configuration.
@@ -15,31 +15,35 @@ from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL
 from rlhf_cluster.algo.rewards import ScoreMoments
 from rlhf_cluster.records import Controls
 
+KLCoefficient = FixedKL | AdaptiveKL
+
 
 class Control:
-    """`before` an update and `after` it, once per batch and in order."""
+    """`before` an update and `after` it, once per batch and in order. `kl` is the coefficient of the penalty in the
+    rewards, `kl_loss` that of the term in the loss; one of them at most steers itself."""
 
-    def __init__(self, kl: FixedKL | AdaptiveKL, normalise_scores: bool) -> None:
-        self._kl, self._normalise = kl, normalise_scores
+    def __init__(self, kl: KLCoefficient, kl_loss: KLCoefficient, normalise_scores: bool) -> None:
+        self._kl, self._kl_loss, self._normalise = kl, kl_loss, normalise_scores
         self._scores = ScoreMoments()
 
     def before(self, scores: np.ndarray, learn: bool = True) -> Controls:
         """scores [B] of the batch that the update is for; they count among those that they are normalised by."""
         self._scores.tell(scores)
-        if not self._normalise:
-            return Controls(self._kl.coef, learn=learn)
-        return Controls(self._kl.coef, self._scores.mean, self._scores.std, learn)
+        mean, std = (self._scores.mean, self._scores.std) if self._normalise else (0.0, 1.0)
+        return Controls(self._kl.coef, self._kl_loss.coef, mean, std, learn)
 
     def after(self, kl: float, responses: int) -> None:
         """`kl` in nats per response, the mean over the batch."""
-        self._kl.update(kl, responses)
+        for coefficient in (self._kl, self._kl_loss):
+            coefficient.update(kl, responses)
 
     def state(self) -> dict[str, float]:
         """All that `restore` needs."""
-        return {"kl_coef": self._kl.coef, **asdict(self._scores)}
+        return {"kl_coef": self._kl.coef, "kl_loss_coef": self._kl_loss.coef, **asdict(self._scores)}
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Goes on where `state` was taken. A fixed coefficient stays the one that it was made with."""
-        if isinstance(self._kl, AdaptiveKL):
-            self._kl.coef = state["kl_coef"]
+        for coefficient, name in ((self._kl, "kl_coef"), (self._kl_loss, "kl_loss_coef")):
+            if isinstance(coefficient, AdaptiveKL):
+                coefficient.coef = state[name]
         self._scores = ScoreMoments(state["count"], state["mean"], state["squares"])

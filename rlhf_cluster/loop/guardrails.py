@@ -42,14 +42,15 @@ def gravest(alarms: Sequence[Alarm]) -> str:
 
 
 class Guardrails:
-    """One rail for each of `kl`, `entropy`, `length`, `clipfrac` and `grad_norm`.
+    """One rail for each of `kl`, `entropy`, `length`, `clipfrac` and `grad_norm`; `not_finite`: what is done where a
+    gradient was NaN or infinite, which no limit says.
 
     `max_skips`: updates in a row that moved no weight, with which it is time to stop: what led to the first is likely
     to lead to the next.
     """
 
-    def __init__(self, rails: Mapping[str, Rail], max_skips: float = math.inf) -> None:
-        self._rails, self._max_skips = rails, max_skips
+    def __init__(self, rails: Mapping[str, Rail], not_finite: str = "stop", max_skips: float = math.inf) -> None:
+        self._rails, self._not_finite, self._max_skips = rails, not_finite, max_skips
         self._skips = 0.0  # in a row
         self._first_length = 0.0  # mean response length of the first batch, which drift is measured from
 
@@ -73,13 +74,19 @@ class Guardrails:
     def after(self, metrics: Mapping[str, float]) -> list[Alarm]:
         """Of an update that was made or skipped: the learner's own metrics. Without a critic it has no norm; and while
         the critic warms up alone, or where all was skipped, the policy has no clip fraction."""
-        norms = [metrics[name] for name in ("actor/grad_norm_max", "critic/grad_norm_max") if name in metrics]
-        norm = max(norms, default=0.0)
+        not_finite = max(of_models(metrics, "not_finite"), default=0.0)
+        norm = math.inf if not_finite else max(of_models(metrics, "grad_norm_max"), default=0.0)
         found = [
             self._above("clipfrac", metrics.get("actor/pg_clipfrac", 0.0), "of the tokens were clipped"),
             self._above("grad_norm", norm, "is the largest gradient norm of a step"),
         ]
         alarms = [alarm for alarm in found if alarm is not None]
+        if not_finite:
+            words = (
+                f"the gradients of {not_finite:.0%} of the optimizer's steps were NaN or infinite, and moved nothing; "
+                "look at the batch's scores and rewards, or lower the learning rate"
+            )
+            alarms.append(Alarm("not_finite", self._not_finite, words, not_finite))
         self._skips = self._skips + 1 if moved_nothing(metrics) else 0.0
         if self._skips >= self._max_skips:
             words = (
@@ -110,9 +117,15 @@ class Guardrails:
 
 
 def moved_nothing(metrics: Mapping[str, float]) -> bool:
-    """Whether an update did no minibatch, or took no step in any, of the policy or of the critic."""
-    skipped = [metrics[name] for name in ("actor/steps_skipped", "critic/steps_skipped") if name in metrics]
-    return metrics.get("actor/minibatches_done") == 0 or min(skipped, default=0.0) == 1
+    """Whether an update did no minibatch, or took no step in any: of the policy, or of the critic while that warms up
+    alone."""
+    skipped = of_models(metrics, "steps_skipped")
+    return metrics.get("actor/minibatches_done") == 0 or skipped[:1] == [1]
+
+
+def of_models(metrics: Mapping[str, float], name: str) -> list[float]:
+    """A metric of the policy and of the critic, as far as they took part."""
+    return [metrics[key] for key in (f"actor/{name}", f"critic/{name}") if key in metrics]
 
 
 def _number(value: float) -> str:

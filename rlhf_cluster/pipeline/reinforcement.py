@@ -64,7 +64,7 @@ async def _run_ppo(run: Run) -> None:
         )
         with run.progress.stage(ppo.STAGE, cfg.ppo.steps):
             await ppo.train(opened.rooms, PromptOrder(run.inputs.prompts, cfg.seed), cfg.ppo, log, start)
-        await _publish_result(run, opened)
+        await _serve_average(run, opened, cfg.ppo.steps)
         after = await _heldout(run, opened, "after")
         _compare(run, before, after)
         peaks = await opened.peak_memory()
@@ -83,11 +83,18 @@ def _reward_model(run: Run) -> Path | None:
     return own[0] if own else None
 
 
-async def _publish_result(run: Run, opened: OpenRooms) -> None:
-    """What the run is judged by: the last policy, which is there already, or its average, as the version after it."""
+async def _serve_average(run: Run, opened: OpenRooms, version: int) -> None:
+    """The run is judged by the policy of `version`, which is there already, or by its average, as the version after
+    it."""
     if run.cfg.ppo.result == "ema":
-        version = run.cfg.ppo.steps + 1
-        await opened.learner.publish_average(version)
+        await opened.learner.publish_average(version + 1)
+        await opened.rooms.generation.receive(version + 1)
+
+
+async def _serve_policy(run: Run, opened: OpenRooms, version: int) -> None:
+    """The policy of `version` again, where its average has taken its place."""
+    if run.cfg.ppo.result == "ema":
+        await opened.learner.publish(version)
         await opened.rooms.generation.receive(version)
 
 
@@ -124,7 +131,10 @@ async def _on_the_way(run: Run, opened: OpenRooms, timer: Timer, version: int) -
     if not every or version % every or version == run.cfg.ppo.steps:
         return {}
     with timer("eval"):
-        return (await _heldout(run, opened, f"iteration {version}")).metrics()
+        await _serve_average(run, opened, version)
+        found = await _heldout(run, opened, f"iteration {version}")
+        await _serve_policy(run, opened, version)
+    return found.metrics()
 
 
 async def _heldout(run: Run, opened: OpenRooms, when: str) -> HeldOut:

@@ -60,7 +60,7 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                             progress.note(f"{stage}: finished before, its output is used")
                         else:
                             STAGES[stage](whole)
-            except* ppo.GuardrailError:
+            except* (ppo.GuardrailError, ppo.EmptyBatchError):
                 _report_a_stop(path, progress)
                 raise
             finally:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,6 +42,7 @@ class FunctionCall:
                 [*command, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # what the function starts belongs to the same group, and ends with it
             )
         self._channel = Connection(ours.detach())
         self._finalizer = weakref.finalize(self, _end, self._process, self._channel)
@@ -91,5 +94,6 @@ class FunctionCall:
 
 def _end(process: subprocess.Popen[bytes], channel: Connection) -> None:
     channel.close()
-    process.kill()
+    with suppress(ProcessLookupError):  # it ended by itself and left nothing behind
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()

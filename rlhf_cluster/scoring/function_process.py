@@ -1,7 +1,8 @@
-"""The process that reward functions run in: `python -m rlhf_cluster.scoring.function_process FD`.
+"""The process that reward functions run in: `python -m rlhf_cluster.scoring.function_process FD PARENT`.
 
 Over the socket FD it is told which function to load, says whether that went well, and then answers batches of samples
-until the other end closes. What the function prints goes where the worker's own output goes.
+until the other end closes. What the function prints goes where the worker's own output goes. The process leads a
+session of its own (so Ctrl-C does not reach it), and whatever the function started in it ends with it.
 """
 
 from __future__ import annotations
@@ -88,13 +89,18 @@ def _end_with(parent: int) -> None:
     """A function that hangs would outlive its worker: nobody asks it whether the other end is still there."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGKILL)
+    _end_group()
+
+
+def _end_group() -> None:
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker ends this process
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     serve(Connection(int(sys.argv[1])))
+    sys.stdout.flush()
+    _end_group()
 
 
 if __name__ == "__main__":

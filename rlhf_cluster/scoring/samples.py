@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+MESSAGES = "prompt"  # a prompt row's own column where it was given as messages: a list of {role, content}
 Answer = float | None  # None: the function has nothing to say of this sample
 
 
@@ -18,7 +19,7 @@ class Sample:
     prompt: str
     response: str
     ended: bool  # it stopped by itself, rather than at the longest length
-    columns: Mapping[str, Any] = field(default_factory=dict)  # the prompt row's own: an answer, a source
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the prompt row's own: an answer, a source, its messages
 
 
 class CallFailed(Exception):

@@ -5,6 +5,9 @@
     OpenRLHF   f(queries, prompts, labels, **_) -> tensor | {"rewards": tensor, ...}   queries: prompt and response
     verl       f(data_source, solution_str, ground_truth, extra_info=None) -> float | {"score": float, ...}
 
+TRL's functions are given messages where the row's prompt was given as messages, the response as one of the assistant's,
+and text where it was text.
+
 Columns are the prompt row's own. Where a convention asks for one label, that is the column named in the config, or the
 place where verl's data sets have it, `reward_model.ground_truth`.
 """
@@ -15,7 +18,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf_cluster.scoring.samples import Answer, Sample
+from rlhf_cluster.scoring.samples import MESSAGES, Answer, Sample
 
 TRLS_OWN = {"completion_ids", "trainer_state", "log_extra", "log_metric"}  # of its trainer, not of a sample
 
@@ -28,6 +31,8 @@ class SignatureError(ValueError):
 
 def adapt(function: Callable[..., Any], label: str) -> Adapted:
     """`function` as one that takes samples; `label` names the column with the answer."""
+    if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
+        raise SignatureError("it is a coroutine function (async def), which nobody would await; make it a plain one")
     parameters = inspect.signature(function).parameters
     names = set(parameters)
     everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -59,12 +64,16 @@ def _trl(
     function: Callable[..., Any], samples: Sequence[Sample], names: set[str], everything: bool
 ) -> Sequence[Answer]:
     given: dict[str, list[Any]] = {
-        "prompts": [sample.prompt for sample in samples],
-        "completions": [sample.response for sample in samples],
+        "prompts": [sample.columns.get(MESSAGES) or sample.prompt for sample in samples],
+        "completions": [_completion(sample) for sample in samples],
     }
-    for column in dict.fromkeys(name for sample in samples for name in sample.columns):
+    for column in dict.fromkeys(name for sample in samples for name in sample.columns if name != MESSAGES):
         given[column] = [sample.columns.get(column) for sample in samples]
     return numbers(function(**{name: column for name, column in given.items() if everything or name in names}))
+
+
+def _completion(sample: Sample) -> Any:
+    return [{"role": "assistant", "content": sample.response}] if sample.columns.get(MESSAGES) else sample.response
 
 
 def _openrlhf(function: Callable[..., Any], samples: Sequence[Sample], label: str) -> Sequence[Answer]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from rlhf_cluster.scoring.samples import Sample
 
+WORD = re.compile(r"(?<!\S)[A-Za-z]{4,}(?![^\s.,:;!?])")  # one that stands alone: of prose, hardly a product
+
 
 def exact(samples: Sequence[Sample], column: str) -> list[float]:
     """The response is the answer, but for the white space around either."""
@@ -24,7 +26,28 @@ def mathematics(samples: Sequence[Sample], column: str) -> list[float]:
     """The last expression of the response equals the answer's, as `math-verify` sees it: 1/2 is 0.5."""
     from math_verify import parse, verify
 
-    return [float(verify(parse(str(sample.columns[column])), parse(sample.response))) for sample in samples]
+    return [float(verify(read_answer(str(sample.columns[column])), parse(sample.response))) for sample in samples]
+
+
+def read_answer(text: str) -> list[Any]:
+    """An answer as `math-verify` has it: expressions, and the text of them. Raises ValueError where it reads nothing.
+
+    It takes LaTeX for LaTeX in $...$ or a box alone, and elsewhere reads the 2 of 2\\pi, so an answer is put in a box.
+    Two kinds are not: in a box the letters of prose (72 clips) are factors, and 50%, 2**10 or 18. are no mathematics.
+    """
+    from math_verify import parse
+
+    bare = text.replace("\\%", "%")
+    boxed = parse(f"\\boxed{{{bare}}}")
+    if "\\" not in bare and WORD.search(bare):
+        found = parse(bare) or boxed
+    elif re.search(r"[\\A-Za-z]", bare) or any(not isinstance(one, str) for one in boxed):
+        found = boxed
+    else:
+        found = parse(bare)
+    if not found:
+        raise ValueError(f"the answer {text!r} holds nothing that math-verify reads")
+    return found
 
 
 def matches(samples: Sequence[Sample], pattern: str) -> list[float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
-from rlhf_cluster.config import COMPUTED_REWARDS, RewardConfig, RewardPart, part_names
+from rlhf_cluster.config import COMPUTED_REWARDS, ConfigError, RewardConfig, RewardPart, part_names
 from rlhf_cluster.models.batching import in_order, micro_batches, singles
 from rlhf_cluster.models.load import compute_device, resolve_attention, resolve_dtype
 from rlhf_cluster.models.score_head import ScalarHeadModel
@@ -193,10 +194,35 @@ def make_scorer(part: RewardPart, cfg: RewardConfig, inputs: ScorerInputs) -> Sc
     if part.kind in of_tokens:
         return OfRollouts(of_tokens[part.kind])
     if part.kind == "http":
-        token = os.environ[cfg.token_env] if cfg.token_env else ""
-        return OfText(Patient(HttpCall(part.path, token), _patience(cfg, cfg.concurrency, inputs.budget_s)))
+        call = HttpCall(part.path, _token(cfg.token_env))
+        return OfText(Patient(call, _patience(cfg, cfg.concurrency, inputs.budget_s)))
     start_s = min(START_S, inputs.budget_s)
     return OfText(Patient(FunctionCall(function_spec(part), start_s), _patience(cfg, 1, inputs.budget_s)))
+
+
+def _token(variable: str) -> str:
+    """Of this node's environment: one that travelled from the driver would be kept by Ray. Raises ConfigError."""
+    token = os.environ.get(variable, "") if variable else ""
+    if variable and not token:
+        raise ConfigError(
+            f"reward.token_env={variable}, but on node {socket.gethostname()}, where a reward worker runs, there is no "
+            "such environment variable; set it on every node before Ray starts there"
+        )
+    return token
+
+
+def from_here(cfg: RewardConfig) -> RewardConfig:
+    """`cfg` with its relative paths made absolute: workers may stand elsewhere than the driver."""
+    return replace(cfg, path=_absolute(cfg.path), parts=[_part_from_here(part) for part in cfg.parts])
+
+
+def _part_from_here(part: RewardPart) -> RewardPart:
+    names_file = part.kind == "model" or (part.kind == "function" and ".py:" in part.path)  # no module, no URL
+    return replace(part, path=_absolute(part.path) if names_file else part.path, schema=_absolute(part.schema))
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path else ""
 
 
 def function_spec(part: RewardPart) -> FunctionSpec:

@@ -95,9 +95,11 @@ def _passed(records: Sequence[MetricsRecord], rails: Mapping[str, Any]) -> tuple
 
 
 def _action(rails: Mapping[str, Any], name: str) -> str:
-    """What a rail does; the other settings among them are limits of numbers, which stop the run."""
+    """What a rail does. `not_finite` is its action; `max_skips` is a number, and stops the run."""
     rail = rails.get(name)
-    return str(rail["action"]) if isinstance(rail, Mapping) else "stop"
+    if isinstance(rail, Mapping):
+        return str(rail["action"])
+    return rail if isinstance(rail, str) else "stop"
 
 
 def steps_text(steps: Sequence[int]) -> str:

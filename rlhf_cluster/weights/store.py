@@ -9,7 +9,7 @@ from rlhf_cluster.weights.snapshot import CHUNK, SHARED_MEMORY, Snapshot, Snapsh
 
 
 class WeightStore:
-    """Keeps the newest `keep` snapshots of one node's shared memory, which it was told of by `add`.
+    """Keeps the last `keep` snapshots of one node's shared memory, which it was told of by `add`.
 
     It begins by sweeping what earlier attempts of the run left on this node.
     """
@@ -21,8 +21,9 @@ class WeightStore:
         self._snapshots: dict[int, Snapshot] = {}
 
     def add(self, snapshot: Snapshot) -> None:
+        self._snapshots.pop(snapshot.version, None)
         self._snapshots[snapshot.version] = snapshot
-        for version in sorted(self._snapshots)[: -self._keep]:
+        for version in list(self._snapshots)[: -self._keep]:
             Path(self._snapshots.pop(version).path).unlink(missing_ok=True)
 
     def snapshot(self, version: int) -> Snapshot:

@@ -214,6 +214,11 @@ def test_without_a_penalty_there_is_no_reference_worker(smoke: tuple[Path, Ended
     require_clean(user, tmp_path / "run")
 
 
+def own_versions(run: Path, step: int) -> set[int]:
+    column = pq.read_table(run / "rollouts" / f"step-{step}.parquet").column("weight_versions")
+    return {version for versions in column.to_pylist() for version in versions}
+
+
 FAILING = """
 def score(samples):
     if any(sample.sample_id.startswith("1/") and sample.sample_id.endswith("/2") for sample in samples):
@@ -231,7 +236,7 @@ def test_no_critic_no_reward_model_and_a_reward_that_fails(user: User, tmp_path:
     adapters = ("learner.lora.rank=4", "learner.lora.publish=adapter")
     asked = (
         *("stages=[sft,dpo,ppo]", "sft.epochs=2", "sft.select=reward", "dpo.batch_size=4"),
-        *("advantage=grpo", "ppo.samples_per_prompt=4", "kl=loss", "ppo.ema_decay=0.5", "ppo.result=ema"),
+        *("advantage=grpo", "ppo.samples_per_prompt=4", "ppo.ema_decay=0.5", "ppo.result=ema", "evaluation.every=1"),
         f"reward.parts=[{{kind: function, path: {tmp_path / 'mine.py'}:score}}, {{kind: length, weight: -0.01}}]",
     )
     ended = user.types(*SMOKE, f"dir={tmp_path / 'run'}", *asked, *two, *adapters)
@@ -240,9 +245,13 @@ def test_no_critic_no_reward_model_and_a_reward_that_fails(user: User, tmp_path:
     assert "iteration 2: samples failed and were not trained on: 2 x function: it raised ValueError: not this one" in (
         " ".join(ended.out.split())
     )
+    assert not (tmp_path / "run" / "stages" / "sft-epochs").exists()
+    after = pq.read_table(tmp_path / "run" / "heldout_after.parquet").column("weight_versions").to_pylist()
+    assert {version for versions in after for version in versions} == {4}, "the average, not the policy of iteration 3"
     for step, trained in enumerate(iterations(tmp_path / "run", "ppo")):
         states = pq.read_table(tmp_path / "run" / "rollouts" / f"step-{step}.parquet").column("state").to_pylist()
         assert sorted(states) == ["dropped"] * (8 if step == 1 else 0) + ["trained"] * 8
+        assert own_versions(tmp_path / "run", step) == {step}, "an average was evaluated in between, and left again"
         assert not any(name.startswith("critic/v") for name in trained[1])
         assert {"reward/function", "reward/length", "actor/kl_loss"} <= trained[1].keys()
     report = (tmp_path / "run" / "report.html").read_text()

@@ -195,6 +195,13 @@ def test_with_a_penalty_rows_carry_the_reference(tmp_path: Path) -> None:
 ADAPTIVE = KLConfig("adaptive", coef=0.1, target=0.4, horizon=80)
 
 
+def test_where_the_kl_is_a_loss_its_coefficient_adapts(tmp_path: Path) -> None:
+    run = RunOfLoop(tmp_path)(kl=KLConfig("adaptive", coef=0.0, loss_coef=0.1, target=0.4, horizon=80))
+    found = [(controls.kl_coef, controls.kl_loss_coef) for controls in run.fakes.learner.controls]
+    assert found == [(0.0, pytest.approx(0.1 * 1.02**step)) for step in range(STEPS)]
+    assert [record.metrics["actor/kl_loss_coef"] for record in run.metrics] == [coef for _, coef in found]
+
+
 def test_an_adaptive_coefficient_follows_the_kl_by_hand(tmp_path: Path) -> None:
     """The fake's KL is 0.5: an error of 0.25, held at 0.2; 8 responses of 80 make it a factor of 1.02 each time."""
     run = RunOfLoop(tmp_path)(kl=ADAPTIVE)
@@ -365,14 +372,31 @@ def test_without_refills_nothing_is_sampled_anew(tmp_path: Path) -> None:
     assert len(fakes.learner.trained[0]) == BATCH - 1 and not replaced(run)
 
 
-def test_a_batch_of_which_nothing_is_left_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_batch_of_which_nothing_is_left_is_said_and_nothing_is_lost(tmp_path: Path, step: int) -> None:
+    """Its failures are on record, and the run goes on from here once the reward is mended."""
     fakes = FakeRooms()
-    fakes.reward.failing = failing("/")
+    fakes.reward.failing = failing(f"{step}/", f"{step}+")
+    run = RunOfLoop(tmp_path, fakes)
     with pytest.raises(BaseExceptionGroup) as raised:
-        RunOfLoop(tmp_path, fakes)()
+        run(empty_wait_s=0.0)
     (error,) = leaves(raised.value)
     assert isinstance(error, ppo.EmptyBatchError)
-    assert str(error).startswith("iteration 1: none of its 8 samples has a score to train on (16 x mine: it hung); ")
+    said = f"iteration {step + 1}: none of its 16 samples has a score to train on (16 x mine: it hung); "
+    assert str(error).startswith(said)
+    assert run.rollouts.read(step).column("state").to_pylist() == ["dropped"] * 16
+    last = run.checkpoints.latest()
+    assert (last.step if last else 0) == step
+
+
+def test_whoever_gives_the_scores_may_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo, "PAUSE_S", 0.0)
+    fakes = FakeRooms()
+    fakes.reward.failing = failing("1/p", "1+1/p", "1+2/p", "1+3/p")
+    run = RunOfLoop(tmp_path, fakes)()
+    assert all(sample_id.startswith("1+4/") for sample_id in fakes.learner.trained[1])
+    assert len(fakes.learner.trained[1]) == BATCH and len(fakes.learner.trained) == STEPS
+    assert sum("no sample has a score yet" in sentence for sentence in run.warned) == 3
 
 
 def test_a_group_stays_together(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_overrides_win_over_choices_and_choices_over_recipes_and_recipes_over_de
 
 @pytest.mark.parametrize("recipe", ["quickstart", "summarize_from_feedback"])
 def test_a_choice_beside_a_recipe_is_that_choice(recipe: str) -> None:
-    """What its file says stands in the config, whatever these recipes have there."""
+    """What its file says stands in the config, whatever these recipes have there; of the KL, a `kl` beside it."""
     sections = {"kl": ["ppo", "kl"], "advantage": ["ppo"], "reward": ["reward"]}
     fits = ["ppo.batch_size=64", "ppo.minibatch_size=8"]
     for row in zip_longest(*(GROUPS[group] for group in sections)):
@@ -89,6 +89,8 @@ def test_a_choice_beside_a_recipe_is_that_choice(recipe: str) -> None:
         for group, choice in chosen.items():
             given = functools.reduce(dict.__getitem__, sections[group], tree)
             said = yaml.safe_load((conf_directory() / group / f"{choice}.yaml").read_text())
+            if "kl" in chosen:
+                said.pop("kl", None)
             assert covers(given, said), choice
 
 
@@ -212,7 +214,7 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
         ({"ppo": config.PPOConfig(kl=config.KLConfig("none", 0.1))}, r"ppo\.kl\.coef=0\.1, but ppo\.kl\.kind=none"),
         (
             {"ppo": config.PPOConfig(kl=config.KLConfig("adaptive", 0.0))},
-            r"with ppo\.kl\.kind=adaptive it must be above 0",
+            r"ppo\.kl\.coef=0\.0, ppo\.kl\.loss_coef=0\.0: ppo\.kl\.kind=adaptive steers one coefficient",
         ),
         ({"ppo": config.PPOConfig(kl=config.KLConfig(loss_estimator="k1"))}, r"loss_estimator=k1: .* one of k2, k3"),
         (
@@ -220,7 +222,10 @@ def test_what_cannot_run_is_refused_with_its_numbers(cfg: RunConfig, change: str
             r"ppo\.ptx\.coef=27\.8, but data\.pretraining is empty",
         ),
         (
-            {"ppo": config.PPOConfig(ptx=config.PTXConfig(tokens=513))},
+            {
+                "ppo": config.PPOConfig(ptx=config.PTXConfig(1.0, tokens=513)),
+                "data": config.DataConfig(source="sentiment", pretraining="x"),
+            },
             r"ptx\.tokens=513 is more than model\.context=512",
         ),
         ({"ppo": config.PPOConfig(dual_clip=0.5)}, r"ppo\.dual_clip=0\.5: it must be above 1, or 0"),
@@ -284,6 +289,8 @@ def test_what_may_change_when_a_run_goes_on(change: str) -> None:
 def test_what_makes_another_run_is_named_by_its_whole_key() -> None:
     found = differences(load(["ppo.kl.coef=0.5", "seed=3", "name=b"]), load(["name=b"]))
     assert found == ["seed=3, was 0", "ppo.kl.coef=0.5, was 0.02"]
+    mended = ["ppo.guardrails.kl.limit=9", "ppo.guardrails.max_skips=3", "reward.deadline_s=2", "ppo.empty_wait_s=9"]
+    assert differences(load(mended), load([])) == []
 
 
 GROUPED = [name for name in GROUPS["advantage"] if name not in ("gae", "reinforce_plus_plus")]
@@ -291,10 +298,15 @@ GROUPED = [name for name in GROUPS["advantage"] if name not in ("gae", "reinforc
 
 @pytest.mark.parametrize("advantage", GROUPS["advantage"])
 def test_an_advantage_is_one_value(advantage: str) -> None:
-    """Nothing else has to be said, but what is said wins."""
-    ppo = load([f"advantage={advantage}", "kl=loss", "ppo.clip=0.1"]).ppo
+    """Nothing else has to be said, but what is said wins. The KL is where its paper has it."""
+    ppo = load([f"advantage={advantage}", "ppo.clip=0.1"]).ppo
     assert ppo.clip == 0.1
     assert (ppo.samples_per_prompt > 1) == ppo.advantage.compares_groups == (advantage in GROUPED)
+    in_the_loss, nowhere = advantage == "grpo", advantage in ("dapo", "dr_grpo", "gspo")
+    found = (ppo.kl.kind, ppo.kl.coef, ppo.kl.loss_coef)
+    assert found == ("none", 0, 0) if nowhere else ("fixed", 0, 0.04) if in_the_loss else ("fixed", 0.02, 0)
+    rewarded = load([f"advantage={advantage}", "kl=fixed"]).ppo.kl
+    assert (rewarded.kind, rewarded.coef, rewarded.loss_coef) == ("fixed", 0.02, 0)
 
 
 def test_what_a_critic_or_a_group_is_needed_for_is_refused_without() -> None:
@@ -360,6 +372,36 @@ def test_dynamic_sampling_needs_groups() -> None:
         ),
         (["kl=adaptive", "ppo.kl.horizon=100"], r"one batch of 512 could turn the coefficient negative; .*than 102\.4"),
         (["ppo.clip=0"], r"ppo\.clip=0\.0: it must be above 0"),
+        (["ppo.value_coef=-1"], r"ppo\.value_coef=-1\.0: it must be above 0"),
+        (["learner.policy.betas=[0.9,1.0]"], r"learner\.policy\.betas=1\.0: it must be from 0 up to but not 1"),
+        (["dpo.loss=ipo", "dpo.label_smoothing=0.1"], r"dpo\.label_smoothing=0\.1, but dpo\.loss=ipo has no such term"),
+        (["advantage=dapo", "ppo.max_refill=0"], r"ppo\.dynamic_sampling=true, but ppo\.max_refill=0 samples nothing"),
+        (["ppo.ratio=response"], r"ppo\.ratio=response, but ppo\.advantage\.kind=gae tells the tokens of a response"),
+        (["advantage=grpo", "ppo.advantage.gamma=0.9"], r"gamma=0\.9, but ppo\.advantage\.kind=grpo discounts nothing"),
+        (["ppo.missing_eos=replace"], r"ppo\.missing_eos=replace, but ppo\.missing_eos_penalty=0: a response that"),
+        (
+            ["generation.ignore_eos=true", "ppo.missing_eos_penalty=1"],
+            r"ignore_eos=true: no response ends, so .*=1 would",
+        ),
+        (
+            ["kl=adaptive", "ppo.kl.loss_coef=0.1"],
+            r"coef=0\.02, ppo\.kl\.loss_coef=0\.1: ppo\.kl\.kind=adaptive steers one",
+        ),
+        (
+            ["ppo.result=ema", "ppo.ema_decay=0.9", "ppo.max_staleness=1", "evaluation.every=5"],
+            r"evaluation\.every=5 samples from the average \(ppo\.result=ema\), and with ppo\.max_staleness=1 batches",
+        ),
+        (
+            [
+                *("ppo.guardrails.kl={limit: 9, action: rollback}", "ppo.save_every=1"),
+                *("ppo.keep_checkpoints=2", "ppo.max_staleness=1"),
+            ],
+            r"keep_checkpoints=2, ppo\.save_every=1: with ppo\.max_staleness=1 the policy .* may be gone; keep more",
+        ),
+        (
+            ["sft.pretraining_share=0.1", "ppo.ptx.tokens=1", "data.pretraining=x"],
+            r"ppo\.ptx\.tokens=1: an example of one token has nothing to predict",
+        ),
         (["ppo.critic_warmup=1000"], r"ppo\.critic_warmup=1000 leaves none of ppo\.steps=100 to the policy"),
         (
             ["sft.pretraining_share=0.1", "sft.batch_size=4", "data.pretraining=x"],
@@ -399,6 +441,20 @@ def test_instructgpts_recipes_have_the_papers_numbers() -> None:
         baseline = load([f"recipe=instructgpt_{size}_sft", *paths]).sft
         found = (baseline.epochs, baseline.dropout, baseline.optimizer.lr, baseline.select)
         assert found == (16, 0.2, 9.65e-6, "reward")
+
+
+def test_the_recipe_of_summaries_has_its_papers_numbers() -> None:
+    """arXiv:2403.17031, and the defaults of its code."""
+    cfg = load(["recipe=summarize_from_feedback", *ANY_PATHS])
+    ppo, of_stage = cfg.ppo, dict(optimizers(cfg))
+    assert (cfg.sft.batch_size, cfg.rm.batch_size, ppo.batch_size, ppo.minibatch_size) == (128, 64, 512, 512)
+    assert (cfg.sft.epochs, cfg.rm.epochs, ppo.epochs, ppo.steps) == (1, 1, 4, 1_000_000 // 512)
+    assert (ppo.kl.coef, ppo.clip, ppo.value_clip, ppo.value_coef, ppo.advantage.lam) == (0.05, 0.2, 0.2, 0.1, 0.95)
+    assert (ppo.missing_eos, ppo.missing_eos_penalty, cfg.generation.temperature) == ("replace", 1.0, 0.7)
+    for name in ("sft.optimizer", "rm.optimizer", "learner.policy", "learner.critic"):
+        one = of_stage[name]
+        assert (one.lr, one.eps, one.weight_decay, one.max_grad_norm, one.final_lr_ratio) == (3e-6, 1e-5, 0.01, 0, 0)
+        assert one.schedule == ("linear" if name.startswith("learner") else "cosine")
 
 
 def test_the_loop_knows_the_actions_that_the_config_allows() -> None:

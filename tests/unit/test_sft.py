@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
 from rlhf_cluster.config import EngineConfig, ModelConfig, OptimizerConfig, SFTConfig
@@ -89,10 +89,10 @@ def test_gradient_is_that_of_separate_sequences(tiny: Path, one_rank: Ranks, tmp
     policy, plain = (load_policy(tiny, torch.float32, "eager") for _ in range(2))
     module = PolicyModule(policy, logprobs_from_logits)
     engine = TrainEngine(module, EngineConfig(), OptimizerConfig(), torch.float32, one_rank)
-    loss, padded = gradient(engine, work, rows)
+    losses, padded = gradient(engine, work, rows)
     expected = plain_loss(plain, work.demonstrations, [i for row in rows for i in row])
     expected.backward()
-    assert loss == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert losses == {"sft/loss": pytest.approx(float(expected.detach()), abs=1e-6)}
     assert padded >= sum(len(work.demonstrations.prompt_ids[i]) for row in rows for i in row)
     for (name, ours), (_, theirs) in zip(policy.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(
@@ -142,18 +142,27 @@ def test_text_is_mixed_into_every_step_in_its_share(tmp_path: Path) -> None:
     assert [[row for row in batch if row[0] < 11] for batch in batches] == plain  # the demonstrations are as ever
 
 
-def test_all_tokens_of_a_text_but_the_first_are_labels(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+def test_text_has_its_share_of_the_loss(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    """However many labels it has; all of its tokens are, but the first."""
     work = replace(job(tiny, tmp_path), pretraining=text())
+    work.cfg.pretraining_share = 0.1
     policy, plain = (load_policy(tiny, torch.float32, "eager") for _ in range(2))
     module = PolicyModule(policy, logprobs_from_logits)
     engine = TrainEngine(module, EngineConfig(), OptimizerConfig(), torch.float32, one_rank)
-    loss, _ = gradient(engine, work, [[11], [12]])
+    losses, _ = gradient(engine, work, [[0, 3], [11], [12]])
     ids = torch.tensor(np.array(text().token_ids[:2]), dtype=torch.long)
-    expected = cross_entropy(plain(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
+    of_text = cross_entropy(plain(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    shown = plain_loss(plain, work.demonstrations, [0, 3])
+    (0.9 * shown + 0.1 * of_text).backward()
+    assert losses == {
+        "sft/loss": pytest.approx(float(shown.detach()), abs=1e-5),
+        "sft/pretraining_loss": pytest.approx(float(of_text.detach()), abs=1e-5),
+    }
+    for ours, theirs in zip(policy.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_dropout_is_on_in_training_and_not_in_what_is_left(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+def test_dropout_is_another_in_every_forward(tiny: Path) -> None:
     plain, dropped = (load_policy(tiny, torch.float32, "eager") for _ in range(2))
     add_residual_dropout(dropped, 0.5)
     ids = torch.arange(12)[None]
@@ -162,11 +171,22 @@ def test_dropout_is_on_in_training_and_not_in_what_is_left(tiny: Path, one_rank:
     assert not torch.allclose(once, twice, atol=1e-3) and not torch.allclose(once, plain(ids).logits, atol=1e-3)
     many = torch.stack([dropped(ids).logits for _ in range(3)])
     assert torch.isfinite(many).all()
-    work = job(tiny, tmp_path / "policy")
-    work.cfg.dropout = 0.2
-    train(one_rank, work, lambda step, metrics: None)
-    left = load_policy(work.output, torch.float32, "eager")
-    assert torch.equal(left(ids).logits, left(ids).logits)
+
+
+def test_dropout_is_on_in_training_and_not_in_what_is_left(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    """Without it the same job leaves the same policy; what is left has none even where it is trained further."""
+    left = []
+    for i, rate in enumerate([0.0, 0.0, 0.2]):
+        work = job(tiny, tmp_path / str(i) / "policy")
+        work.cfg.dropout = rate
+        train(one_rank, work, lambda step, metrics: None)
+        left.append(AutoModelForCausalLM.from_pretrained(work.output, attn_implementation="eager").train())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        plain, again, dropped, once_more = (left[i](ids).logits for i in (0, 1, 2, 2))
+    torch.testing.assert_close(plain, again, atol=1e-5, rtol=1e-5)
+    assert float((plain - dropped).abs().max()) > 1e-2
+    assert torch.equal(dropped, once_more)
 
 
 def test_dropout_by_hand() -> None:

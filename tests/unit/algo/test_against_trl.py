@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -10,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
+from torch.nn.functional import cross_entropy
+from trl import DPOTrainer, KTOTrainer
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import entropy_from_logits, nanstd, selective_log_softmax
 
 from rlhf_cluster.algo.advantages import group_relative, leave_one_out
-from rlhf_cluster.algo.kl import k1, k3
+from rlhf_cluster.algo.kl import k1, k2, k3
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
-from rlhf_cluster.algo.losses import policy_loss
+from rlhf_cluster.algo.losses import RankingLoss, ipo_loss, kto_loss, policy_loss, ranking_loss, sft_loss
 from rlhf_cluster.algo.masked import at_tokens
 from rlhf_cluster.algo.rewards import overlong_penalty
 from rlhf_cluster.learner.update import Size, token_weights
@@ -49,6 +53,32 @@ def test_estimators_of_the_kl_have_torchs_in_the_mean(estimator: object) -> None
     found = estimator(policy.log_prob(tokens), reference.log_prob(tokens))  # type: ignore[operator]
     error = float(found.std()) / len(found) ** 0.5
     assert float(found.mean()) == pytest.approx(float(kl_divergence(policy, reference)), abs=4 * error)
+
+
+def test_estimators_of_the_kl_have_torchs_gradients_in_the_mean() -> None:
+    """As losses, over the whole vocabulary: k1's is nothing, k2's that of KL(policy || reference), k3's that of
+    KL(reference || policy)."""
+    logits = random(5).requires_grad_()
+    policy, reference = Categorical(logits=logits), Categorical(logits=random(5, seed=1))
+
+    def gradient(of: Tensor) -> Tensor:
+        return torch.autograd.grad(of, logits, retain_graph=True)[0]
+
+    found = [gradient((policy.probs.detach() * one(policy.logits, reference.logits)).sum()) for one in (k1, k2, k3)]
+    assert torch.allclose(found[0], torch.zeros(5), atol=1e-6)
+    assert torch.allclose(found[1], gradient(kl_divergence(policy, reference)), atol=1e-6)
+    assert torch.allclose(found[2], gradient(kl_divergence(reference, policy)), atol=1e-6)
+
+
+def test_the_loss_of_demonstrations_and_its_gradient() -> None:
+    """torch's cross entropy, which leaves out what has the label -100."""
+    logits, ids = random(4, 7, 20).requires_grad_(), torch.arange(28).view(4, 7) % 20
+    labels = ids.masked_fill(MASK == 0, -100)
+    expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    found = sft_loss(logprobs_from_logits(logits, ids, 1.0)[0], MASK)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-6)
 
 
 def test_groups() -> None:
@@ -135,3 +165,58 @@ def test_the_policy_loss_and_its_gradient(settings: dict[str, object], loss_mean
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     assert torch.allclose(new.grad, gradient * MASK, atol=1e-6)
+
+
+def of_pairs(kind: Any, better: Tensor, worse: Tensor, **settings: object) -> Tensor:
+    """The loss of TRL's trainer of this `kind`, for responses of one token that the reference is sure of."""
+    log_ratios = torch.cat([better, worse])[:, None]
+    nothing, labels = torch.zeros_like(log_ratios), torch.ones(len(log_ratios)).bool()
+    labels[len(better) :] = False
+    outputs = SimpleNamespace(log_probs=log_ratios, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    trainer = MagicMock(
+        accelerator=MagicMock(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        beta=0.3,
+        _compute_kl_logps=lambda *_: torch.tensor([0.4]),
+        desirable_weight=1.0,
+        undesirable_weight=1.0,
+        ld_alpha=None,
+        f_divergence_type="reverse_kl",
+        loss_weights=[1.0],
+        use_weighting=False,
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings,
+    )
+    inputs = {
+        "input_ids": torch.zeros(len(labels), 2).long(),
+        "attention_mask": torch.ones(len(labels), 2).long(),
+        "completion_mask": torch.tensor([0, 1]).expand(len(labels), 2),
+        "label": labels,
+        "ref_logps": nothing[:, 0],
+        "ref_KL_logps": torch.zeros(1),
+        "ref_chosen_logps": torch.zeros_like(better),
+        "ref_rejected_logps": torch.zeros_like(worse),
+    }
+    return kind._compute_loss(trainer, lambda **_: outputs, inputs, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "loss"),
+    [
+        (DPOTrainer, {"loss_types": ["sigmoid"]}, lambda h, ranks: ranking_loss(0.3 * h, ranks)),
+        (DPOTrainer, {"loss_types": ["ipo"]}, lambda h, ranks: ipo_loss(h, ranks, 0.3)),
+        (KTOTrainer, {"loss_type": "kto"}, lambda h, ranks: kto_loss(h, ranks, 0.4, 0.3)),
+    ],
+)
+def test_the_losses_of_preferences_and_their_gradients(
+    kind: Any, settings: dict[str, object], loss: Callable[[Tensor, Tensor], RankingLoss]
+) -> None:
+    better, worse = (2 * random(6, seed=seed).requires_grad_() for seed in (5, 6))
+    expected = of_pairs(kind, better, worse, **settings)
+    ranks = torch.tensor([1, 2])
+    found = torch.stack([loss(torch.stack(pair), ranks).loss for pair in zip(better, worse, strict=True)]).mean()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    for own, other in zip(*(torch.autograd.grad(of, (better, worse)) for of in (found, expected)), strict=True):
+        assert torch.allclose(own, other, atol=1e-6)

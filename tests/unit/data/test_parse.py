@@ -27,12 +27,15 @@ def test_a_text_prompt_is_one_user_turn_and_keeps_its_own_columns() -> None:
     assert row.columns == {"answer": 42}
 
 
-def test_a_prompt_of_messages() -> None:
-    assert parse_prompt(raw(prompt=[SYSTEM, USER, ANSWER, USER])).messages == turns(SYSTEM, USER, ANSWER, USER)
+def test_a_prompt_of_messages_keeps_them_as_a_column_of_its_own() -> None:
+    row = parse_prompt(raw(prompt=[SYSTEM, USER, ANSWER, USER | {"name": "left out"}], answer=42))
+    assert row.messages == turns(SYSTEM, USER, ANSWER, USER)
+    assert row.columns == {"answer": 42, "prompt": [SYSTEM, USER, ANSWER, USER]}
 
 
 def test_messages_stored_as_an_object_of_lists() -> None:
-    assert parse_prompt(raw(prompt={"role": ["user"], "content": ["u"]})).messages == turns(USER)
+    row = parse_prompt(raw(prompt={"role": ["user"], "content": ["u"]}))
+    assert (row.messages, row.columns) == (turns(USER), {"prompt": [USER]})
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_past_the_end_the_rate_stays_at_its_last() -> None:
     assert learning_rate(OptimizerConfig(lr=1.0, schedule="cosine"), 99, 5) == pytest.approx(0.1)
 
 
-def test_linear_ends_at_its_share_by_hand() -> None:
+def test_linear_by_hand_has_its_share_ahead_of_its_last_step() -> None:
     cfg = OptimizerConfig(lr=1.0, schedule="linear", final_lr_ratio=0.2)
-    assert [learning_rate(cfg, step, 5) for step in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(cfg, 4) == pytest.approx([1.0, 0.8, 0.6, 0.4])
+    assert rates(OptimizerConfig(lr=1.0, schedule="linear", final_lr_ratio=0.0), 4)[-1] == 0.25

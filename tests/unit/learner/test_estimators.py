@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from rlhf_cluster.algo.losses import policy_loss
 from rlhf_cluster.config import ADVANTAGES, GROUP_ADVANTAGES, AdvantageConfig, PPOConfig
 from rlhf_cluster.learner.experience import EvaluatedRow, Experience, make_experience
 from rlhf_cluster.learner.update import Size, token_weights
@@ -87,6 +90,38 @@ def test_without_a_critic_values_do_not_matter(row: Callable[..., EvaluatedRow],
         own.values[:] = -3.0
     again = over(1, rows, on_ranks, kind=kind, whiten=False)
     assert all((found[i] == again[i]).all() for i in found)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("kind", ["gae", "reinforce_plus_plus"])
+def test_scores_that_are_all_alike_give_no_gradient_in_the_mean(
+    row: Callable[..., EvaluatedRow], on_ranks: OnRanks, kind: str, whiten: bool
+) -> None:
+    """Over every response of up to 3 tokens of which 0 is the end, each as often as the policy says it: a baseline that
+    knows nothing of the token leaves only noise, also a critic that is wrong. Below lambda 1 its errors would count."""
+    states = [before for length in range(3) for before in product((1, 2), repeat=length)]
+    responses = [(*before, token) for before in states for token in range(3) if not token or len(before) == 2]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(states), 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    critic = torch.randn(len(states), generator=generator)
+    places = [[states.index(response[:t]) for t in range(len(response))] for response in responses]
+    logprobs = [logits.log_softmax(-1)[own, response] for own, response in zip(places, responses, strict=True)]
+    likely = torch.stack([own.detach().sum().exp() for own in logprobs])
+    assert float(likely.sum()) == pytest.approx(1.0)
+    lengths = torch.tensor([len(response) for response in responses])
+    cfg = PPOConfig(advantage=AdvantageConfig(kind, lam=1.0, whiten=whiten))
+
+    def pull(scores: Sequence[float]) -> float:
+        told = zip(logprobs, places, scores, strict=True)
+        rows = [row(str(i), *[old.tolist()] * 2, critic[own], score=s) for i, (old, own, s) in enumerate(told)]
+        (experience,) = on_ranks(1, lambda ranks: make_experience(rows, cfg, Controls(0.0), ranks, LONGEST))
+        advantages, new = torch.from_numpy(np.concatenate(experience.advantages)), torch.cat(logprobs)
+        losses = policy_loss(new, new, advantages, torch.ones(len(new)), 0.2).losses
+        expected = (losses * likely.repeat_interleave(lengths)).sum()
+        return float(torch.autograd.grad(expected, logits, retain_graph=True)[0].abs().max())
+
+    assert pull([3.7] * len(responses)) < 1e-6
+    assert pull(lengths.tolist()) > 0.05
 
 
 def test_every_kind_says_whether_it_needs_a_critic() -> None:

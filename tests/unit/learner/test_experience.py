@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf_cluster.config import AdvantageConfig, PPOConfig
+from rlhf_cluster.config import AdvantageConfig, KLConfig, PPOConfig
 from rlhf_cluster.learner.experience import EvaluatedRow, Experience, make_experience
 from rlhf_cluster.records import Controls
 
@@ -52,6 +53,25 @@ def test_scores_are_clipped_before_the_penalty(rows: list[EvaluatedRow], on_rank
     experience = make(rows, cfg, 0.0, on_ranks)
     assert experience.rewards[0].tolist() == pytest.approx([0.0, 1.5])
     assert experience.rewards[1].tolist() == pytest.approx([-2.5])
+
+
+def test_a_missing_eos_may_replace_the_score(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:
+    cfg = PPOConfig(missing_eos="replace", missing_eos_penalty=1.0, advantage=PLAIN)
+    experience = make(rows, cfg, 0.0, on_ranks)
+    assert [rewards.tolist() for rewards in experience.rewards] == [[0.0, 3.0], [-1.0]]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl"), [("k2", [0.125, 0.5]), ("k3", [math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1.0])]
+)
+def test_the_penalty_is_of_the_configured_estimator(
+    rows: list[EvaluatedRow], on_ranks: OnRanks, estimator: str, kl: list[float]
+) -> None:
+    """Row a: log ref - log pol is -0.5 and 1. Row b is at the reference."""
+    experience = make(rows, PPOConfig(kl=KLConfig(estimator=estimator), advantage=PLAIN), 0.1, on_ranks)
+    assert experience.non_score_rewards[0].tolist() == pytest.approx([-0.1 * kl[0], -0.1 * kl[1]])
+    assert experience.rewards[0].tolist() == pytest.approx([-0.1 * kl[0], 3.0 - 0.1 * kl[1]])
+    assert experience.rewards[1].tolist() == [-2.0]
 
 
 def test_whitening_by_hand(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:

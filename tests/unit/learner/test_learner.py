@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,7 @@ def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> St
         text: Pretraining = NO_TEXT,
         lora: LoRAConfig = NO_ADAPTERS,
         stage: int = 0,
+        critic: Path = reward_model,
         **changed: Any,
     ) -> LearnerWorker:
         rate = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
@@ -114,7 +116,7 @@ def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> St
         cfg = LearnerConfig(rate, rate, lora, engine)
         ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, **changed)
         worker = LearnerWorker(cfg, ppo, MODEL, GenerationConfig(temperature=0.7, max_response_tokens=LONGEST), seed=5)
-        worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, reward_model, text)
+        worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, critic, text)
         return worker
 
     return make
@@ -171,6 +173,21 @@ def test_guardrails_read_what_the_learner_says(start: Start) -> None:
     assert [alarm.name for alarm in rails.after(said)] == ["clipfrac", "grad_norm"]
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_said(start: Start) -> None:
+    """One score that is NaN, whitened into all advantages; of the critic's minibatches, one."""
+    worker, table = start(), rows().table
+    scores = pa.array([math.nan, *table.column("score").to_pylist()[1:]], pa.float32())
+    before = weights(worker)
+    give(worker, ReferencedRollouts(table.set_column(table.column_names.index("score"), "score", scores)))
+    said = worker.update(0, CONTROLS).metrics
+    assert said["actor/not_finite"] == said["actor/steps_skipped"] == 1.0
+    assert said["critic/not_finite"] == said["critic/steps_skipped"] == 0.5
+    after = {name: tensor for name, tensor in weights(worker).items() if name.startswith("policy/")}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    (alarm,) = Guardrails({}, "rollback").after(said)
+    assert (alarm.name, alarm.action, alarm.value) == ("not_finite", "rollback", 1.0)
+
+
 def test_an_entropy_bonus_makes_the_policy_less_sure(start: Start) -> None:
     """Against the same update without: the bonus is the only difference."""
     plain, rewarded = start(epochs=4), start(epochs=4, entropy_coef=1.0)
@@ -182,9 +199,11 @@ def test_an_entropy_bonus_makes_the_policy_less_sure(start: Start) -> None:
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_a_kl_loss_holds_the_policy_at_the_reference(start: Start, estimator: str) -> None:
     """The reference of these rows is noise that no policy has; the loss pulls towards it all the same."""
-    plain = start(epochs=4, kl=KLConfig(loss_estimator=estimator, loss_coef=1e-9))
-    held = start(epochs=4, kl=KLConfig(loss_estimator=estimator, loss_coef=10.0))
-    assert updated(held)["actor/kl_loss"] < updated(plain)["actor/kl_loss"] - 1e-4
+    plain, held = (
+        updated(start(epochs=4, kl=KLConfig(loss_estimator=estimator)), Controls(0.02, kl_loss_coef=coef))
+        for coef in (1e-9, 10.0)
+    )
+    assert held["actor/kl_loss"] < plain["actor/kl_loss"] - 1e-4
 
 
 def test_beyond_the_target_kl_the_minibatches_that_are_left_are_left_out(start: Start) -> None:
@@ -607,13 +626,15 @@ def test_a_gpt2_is_adapted_too(one_rank: Ranks, tmp_path: Path) -> None:
     torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=1e-4)
 
 
-COMPARING = ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"]
-
-
-@pytest.mark.parametrize("kind", COMPARING)
-def test_scores_that_are_all_alike_teach_nothing(start: Start, kind: str) -> None:
-    """To the bit, where responses are compared: there is no drift that could be taken for learning."""
-    worker = start(advantage=AdvantageConfig(kind))
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_scores_that_are_all_alike_teach_nothing(start: Start, tiny: Path, tmp_path: Path, kind: str) -> None:
+    """To the bit, where a critic foresees them or responses are compared, if only with the mean of all: there is no
+    drift that could be taken for learning."""
+    foreseeing = ScalarHeadModel.silent(tiny, torch.float32, "eager")
+    with torch.no_grad():
+        foreseeing.score.bias.fill_(3.7)
+    foreseeing.save(tmp_path, load_tokenizer(tiny), torch.float32)
+    worker = start(critic=tmp_path, advantage=AdvantageConfig(kind))
     before = weights(worker)
     pairs = with_column(rows(), "prompt_id", [f"p{i // 2}" for i in range(COUNT)])
     give(worker, with_column(pairs, "score", [3.7] * COUNT))

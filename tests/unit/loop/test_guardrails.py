@@ -89,6 +89,17 @@ def test_what_is_not_a_number_has_passed_every_limit() -> None:
     assert alarm.sentence[:3] == "nan" and math.isnan(alarm.value)
 
 
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_gradient_that_is_not_finite(action: str) -> None:
+    """Is an alarm of its own, and beyond every limit of the norm; its value is the share of such steps."""
+    rails = Guardrails({"grad_norm": Rail(5.0, "warn")}, action)
+    found = rails.after({"actor/grad_norm_max": 1.0, "actor/not_finite": 0.25, "critic/not_finite": 0.0})
+    assert [(alarm.name, alarm.action) for alarm in found] == [("grad_norm", "warn"), ("not_finite", action)]
+    assert (found[0].value, found[1].value) == (math.inf, 0.25)
+    assert found[1].sentence.startswith("the gradients of 25% of the optimizer's steps were NaN or infinite")
+    assert rails.after({"actor/grad_norm_max": 1.0, "actor/not_finite": 0.0}) == []
+
+
 def test_the_gravest_action_is_due() -> None:
     alarms = [Alarm("a", "skip", "", 1.0), Alarm("b", "rollback", "", 1.0), Alarm("c", "warn", "", 1.0)]
     assert gravest(alarms) == "rollback" and gravest([]) == ""
@@ -96,7 +107,8 @@ def test_the_gravest_action_is_due() -> None:
 
 
 def test_after_so_many_skips_in_a_row_it_is_time_to_stop() -> None:
-    """For samples (no minibatch was done) or for gradients (no step was taken, of the critic neither)."""
+    """For samples (no minibatch was done) or for gradients: no step of the policy was taken, whatever the critic does,
+    or none of the critic while that learns alone."""
     rails, again = Guardrails({}, max_skips=3), Guardrails({}, max_skips=3)
     skipped, left_out, moved = (
         {"actor/minibatches_done": 0.0},
@@ -105,8 +117,9 @@ def test_after_so_many_skips_in_a_row_it_is_time_to_stop() -> None:
     )
     critic_learns = left_out | {"critic/steps_skipped": 0.0}
     critic_alone = {"actor/minibatches_done": 1.0, "critic/steps_skipped": 1.0}
-    assert not any(rails.after(told) for told in (skipped, left_out, moved, skipped, critic_alone, critic_learns))
-    assert not any(rails.after(told) for told in (critic_alone, skipped))
+    policy_learns = moved | {"critic/steps_skipped": 1.0}
+    assert not any(rails.after(told) for told in (skipped, left_out, moved, skipped, critic_alone, policy_learns))
+    assert not any(rails.after(told) for told in (critic_learns, skipped))
     again.restore(rails.state())
     (skips,) = again.after(left_out)
     assert (skips.name, skips.action, skips.value) == ("max_skips", "stop", 3.0)

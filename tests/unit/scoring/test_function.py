@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -12,11 +17,15 @@ import pytest
 
 from rlhf_cluster.scoring.function import FunctionCall, FunctionLoadError
 from rlhf_cluster.scoring.function_process import FunctionSpec
+from rlhf_cluster.scoring.patience import Patience, Patient
 from rlhf_cluster.scoring.samples import CallFailed, Sample
 
 SOURCE = """
     import os, time
     from beside import FACTOR
+
+    async def later(samples):
+        return [0.0]
 
     def by_word(samples):
         print("this goes to the log, not into the answer")
@@ -44,6 +53,53 @@ def call(source: Path) -> Iterator[FunctionCall]:
     function = FunctionCall(FunctionSpec("function", f"{source}:by_word"))
     yield function
     function.close()
+
+
+# One with a process of its own, which holds the pipe open; then it answers, hangs or dies, as it is told.
+WITH_CHILD = """
+    import os, subprocess, time
+
+    def score(samples):
+        with open(PIPE, "w") as pipe:
+            subprocess.Popen(["sleep", "600"], stdout=pipe)
+            pipe.write("up")
+        if samples[0].response == "hang":
+            time.sleep(600)
+        if samples[0].response == "die":
+            os._exit(7)
+        return [1.0]
+"""
+PARENT = """
+    import os
+    from rlhf_cluster.scoring.function import FunctionCall
+    from rlhf_cluster.scoring.function_process import FunctionSpec
+    from rlhf_cluster.scoring.samples import Sample
+
+    FunctionCall(FunctionSpec("function", SPEC))([Sample("0", "p", RESPONSE, True)], 600.0)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[int]:
+    """Read what the function's child holds open: it ends when that child does."""
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    yield reading
+    os.close(reading)
+
+
+@pytest.fixture
+def with_child(tmp_path: Path, pipe: int) -> str:
+    path = tmp_path / "with_child.py"
+    path.write_text(textwrap.dedent(WITH_CHILD).replace("PIPE", repr(str(tmp_path / "pipe"))))
+    return f"{path}:score"
+
+
+def said(pipe: int) -> bytes:
+    """What comes next; nothing once all that could write are gone."""
+    assert select.select([pipe], [], [], 60.0)[0], "somebody still holds the pipe"
+    return os.read(pipe, 100)
 
 
 def samples(*responses: str) -> list[Sample]:
@@ -79,6 +135,36 @@ def test_one_that_dies_and_one_that_raises_say_so(call: FunctionCall) -> None:
     assert call(samples("abc"), 60.0) == [6]  # raising costs no process
 
 
+@pytest.mark.parametrize("response", ["hang", "die"])
+def test_what_it_started_ends_with_it(with_child: str, pipe: int, response: str) -> None:
+    function = FunctionCall(FunctionSpec("function", with_child))
+    assert function(samples("go on"), 60.0) == [1.0]
+    assert said(pipe) == b"up"
+    with pytest.raises(CallFailed):
+        function(samples(response), 0.3 if response == "hang" else 60.0)
+    while left := said(pipe):
+        assert left == b"up"
+
+
+@pytest.mark.parametrize("response", ["hang", "go on"])
+def test_what_it_started_ends_with_the_worker(with_child: str, pipe: int, response: str) -> None:
+    program = textwrap.dedent(PARENT).replace("SPEC", repr(with_child)).replace("RESPONSE", repr(response))
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    assert said(pipe) == b"up"
+    if response == "hang":
+        parent.kill()
+    parent.wait()
+    assert said(pipe) == b""
+
+
+def test_trls_own_reward_is_loaded_and_asked() -> None:
+    turns = [{"role": "user", "content": "2+2="}]
+    columns = {"prompt": turns, "solution": "$4$"}
+    right, wrong = (Sample(text, "2+2=", text, True, columns) for text in ("\\boxed{4}", "\\boxed{5}"))
+    with closing(FunctionCall(FunctionSpec("function", "trl.rewards:accuracy_reward"))) as call:
+        assert call([right, wrong], 60.0) == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [
@@ -88,6 +174,7 @@ def test_one_that_dies_and_one_that_raises_say_so(call: FunctionCall) -> None:
         ("no_such_module_here:f", "No module named 'no_such_module_here'"),
         ("no_name", "'no_name' is neither FILE.py:NAME nor package.module:NAME"),
         ("math:gcd", "its parameters are"),
+        ("{source}:later", "it is a coroutine function (async def), which nobody would await; make it a plain one"),
     ],
 )
 def test_what_cannot_be_loaded_is_said(source: Path, path: str, words: str) -> None:
@@ -107,6 +194,24 @@ def test_a_verifier_runs_there_too() -> None:
     call = FunctionCall(FunctionSpec("math", column="answer"))
     assert call([Sample("0", "p", "It is 4.", True, {"answer": "4"})], 60.0) == [1.0]
     call.close()
+
+
+def test_only_the_sample_whose_answer_is_nothing_fails() -> None:
+    good, bad = (Sample(answer, "p", "It is 4.", True, {"answer": answer}) for answer in ("4", "?"))
+    patience = Patience(
+        deadline_s=60.0,
+        retries=0,
+        backoff_s=0.0,
+        breaker_failures=9,
+        breaker_s=9.0,
+        batch_size=2,
+        concurrency=1,
+        budget_s=300.0,
+    )
+    with closing(FunctionCall(FunctionSpec("math", column="answer"))) as call:
+        found = Patient(call, patience)([good, bad])
+    assert list(found.scores) == [1.0, 0.0]
+    assert list(found.failures) == ["", "it raised ValueError: the answer '?' holds nothing that math-verify reads"]
 
 
 def test_nobody_closes_it_and_its_process_ends_all_the_same(source: Path) -> None:

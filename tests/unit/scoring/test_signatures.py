@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from trl.rewards import accuracy_reward, think_format_reward
 
 from rlhf_cluster.scoring.samples import Sample
 from rlhf_cluster.scoring.signatures import SignatureError, adapt
@@ -15,6 +18,10 @@ SAMPLES = [
     Sample("s0", "2+2=", "4", True, {"answer": "4", "data_source": "sums", "extra_info": {"level": 1}}),
     Sample("s1", "3+3=", "7", False, {"answer": "6", "data_source": "sums", "extra_info": {"level": 2}}),
 ]
+TURNS = [{"role": "system", "content": "Think."}, {"role": "user", "content": "2+2="}]
+TALK = Sample(
+    "s2", "Think.2+2=", "<think>\n2+2\n</think>\n\\boxed{4}", True, {"answer": "4", "solution": "$4$", "prompt": TURNS}
+)
 
 
 def test_ours() -> None:
@@ -37,6 +44,42 @@ def test_trls_without_keywords_gets_what_it_names() -> None:
         return [float(len(p) * len(c)) for p, c in zip(prompts, completions, strict=True)]
 
     assert adapt(reward_len, "x")(SAMPLES) == [4.0, 4.0]
+
+
+def test_trls_gets_messages_where_the_prompt_was_messages() -> None:
+    def reward_func(prompts: list[Any], completions: list[Any], answer: list[str], **kwargs: Any) -> list[float]:
+        assert prompts == [TURNS] and set(kwargs) == {"solution"}
+        assert [[message["role"] for message in completion] for completion in completions] == [["assistant"]]
+        return [float(answer[0] in completion[0]["content"]) for completion in completions]
+
+    assert adapt(reward_func, "x")([TALK]) == [1.0]
+
+
+def test_trls_gets_each_row_as_it_was_given() -> None:
+    def reward_func(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+        return [float(isinstance(p, list) + 2 * isinstance(c, list)) for p, c in zip(prompts, completions, strict=True)]
+
+    text = Sample("s3", "p", "r", True, {"prompt": None})  # a row of text in a file with messages
+    assert adapt(reward_func, "x")([TALK, text, SAMPLES[0]]) == [3.0, 0.0, 0.0]
+
+
+def test_trls_own_rewards() -> None:
+    wrong = replace(TALK, response="\\boxed{5}")
+    assert adapt(accuracy_reward, "x")([TALK, wrong]) == [1.0, 0.0]
+    assert adapt(think_format_reward, "x")([TALK, wrong]) == [1.0, 0.0]
+
+
+def test_the_other_conventions_get_text_whatever_the_prompt_was() -> None:
+    def openrlhfs(queries: list[str], prompts: list[str], labels: list[str]) -> list[float]:
+        return [float(queries == [TALK.prompt + TALK.response] and prompts == [TALK.prompt] and labels == ["4"])]
+
+    def verls(solution_str: str, ground_truth: str) -> float:
+        return float((solution_str, ground_truth) == (TALK.response, "4"))
+
+    def ours(samples: list[Sample]) -> list[float]:
+        return [float(samples == [TALK])]
+
+    assert [adapt(function, "answer")([TALK]) for function in (openrlhfs, verls, ours)] == [[1.0]] * 3
 
 
 @pytest.mark.parametrize("wrap", [list, np.array, torch.tensor, lambda scores: {"rewards": torch.tensor(scores)}])
@@ -71,6 +114,19 @@ def test_another_is_refused_with_its_parameters() -> None:
 
     with pytest.raises(SignatureError, match=r"its parameters are \(text, target\); known are \(samples\), \(prompts"):
         adapt(reward, "answer")
+
+
+def test_a_coroutine_function_is_refused() -> None:
+    async def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        raise AssertionError
+
+    class Reward:
+        async def __call__(self, samples: list[Sample]) -> list[float]:
+            raise AssertionError
+
+    for function in (reward, partial(reward, []), Reward()):
+        with pytest.raises(SignatureError, match=r"it is a coroutine function \(async def\), which nobody would await"):
+            adapt(function, "answer")
 
 
 def test_what_only_trls_trainer_has_is_refused_at_once() -> None:

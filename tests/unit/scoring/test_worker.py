@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rlhf_cluster.config import RewardConfig, RewardPart
+from rlhf_cluster.config import ConfigError, RewardConfig, RewardPart
+from rlhf_cluster.data.batches import heldout_members
+from rlhf_cluster.data.parse import parse_prompt
+from rlhf_cluster.data.rows import Place, RawRow
+from rlhf_cluster.data.tokenize import encode_prompts
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Rollouts, Scores
-from rlhf_cluster.scoring.worker import RewardError, RewardWorker, ScorerInputs
+from rlhf_cluster.scoring.worker import RewardError, RewardWorker, ScorerInputs, from_here
 
 RESPONSES = ["4", "5", "4 4 4 4"]
 FUNCTION = """
@@ -89,6 +96,78 @@ def test_text_is_without_special_tokens_and_columns_are_the_rows_own(
     )
     found = scored(rollouts, tiny, RewardPart("function", path=f"{tmp_path / 'mine.py'}:score"))
     assert list(found.failure) == [""] * 3 and found.score.tolist() == [1.0] * 3
+
+
+def test_messages_of_a_prompt_reach_a_function_of_trls(rollouts: Rollouts, tiny: Path, tmp_path: Path) -> None:
+    """From the row of a file to the function, in a file that has both kinds of prompts."""
+    (tmp_path / "mine.py").write_text(
+        "def score(prompts, completions, answer, **columns):\n"
+        "    assert prompts[0] == [{'role': 'user', 'content': '2+2='}] and not columns, (prompts, columns)\n"
+        "    assert isinstance(prompts[1], str) and prompts[1].count('3+3=') == 1, prompts\n"
+        "    return [float(completions[0][0]['content'] == answer[0]), float(completions[1] == answer[1])]\n"
+    )
+    given = [[{"role": "user", "content": "2+2="}], "3+3="]
+    rows = [parse_prompt(RawRow(Place("p"), {"prompt": prompt, "answer": "4"})) for prompt in given]
+    members = heldout_members(encode_prompts(rows, load_tokenizer(tiny), 100).record, 0, 1, 0)
+    sampled = ("response_ids", "rollout_logprobs", "weight_versions", "finish_reason", "temperature", "incarnation")
+    ended = members.extend(Rollouts, {name: rollouts.table.column(name).to_pylist()[:2] for name in sampled})
+    found = scored(ended, tiny, RewardPart("function", path=f"{tmp_path / 'mine.py'}:score"))
+    assert list(found.failure) == ["", ""] and found.score.tolist() == [1.0, 0.0]
+
+
+def test_paths_named_from_here_are_found_from_everywhere(
+    rollouts: Rollouts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def score(samples):\n    return [2.0] * len(samples)\n")
+    (tmp_path / "digits.json").write_text('{"type": "integer"}')
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    parts = [RewardPart("function", path="mine.py:score"), RewardPart("json_schema", schema="digits.json")]
+    cfg = from_here(RewardConfig(parts, backoff_s=0.0))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = scored(rollouts, tiny, *cfg.parts)
+    assert list(found.failure) == [""] * 3 and found.score.tolist() == [3.0, 3.0, 2.0]
+
+
+def test_only_files_and_directories_are_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = [
+        RewardPart("model", path="rm"),
+        RewardPart("model", path="/models/rm"),
+        RewardPart("model"),
+        RewardPart("function", path="rewards/mine.py:score"),
+        RewardPart("function", path="package.module:score"),
+        RewardPart("http", path="http://localhost:8000/score"),
+        RewardPart("json_schema", schema="schemas/person.json"),
+    ]
+    typed = RewardConfig(parts, path="runs/rm")
+    kept = replace(typed, parts=[*map(replace, parts)])
+    found = from_here(typed)
+    assert found.path == f"{tmp_path}/runs/rm" and from_here(RewardConfig()).path == ""
+    assert [part.path for part in found.parts] == [
+        f"{tmp_path}/rm",
+        "/models/rm",
+        "",
+        f"{tmp_path}/rewards/mine.py:score",
+        "package.module:score",
+        "http://localhost:8000/score",
+        "",
+    ]
+    assert [part.schema for part in found.parts] == [""] * 6 + [f"{tmp_path}/schemas/person.json"]
+    assert typed == kept  # what was typed is what the run keeps
+
+
+@pytest.mark.parametrize("there", [None, ""])
+def test_a_token_that_a_node_lacks_is_named_with_the_node(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, there: str | None
+) -> None:
+    monkeypatch.delenv("MY_TOKEN", raising=False)
+    if there is not None:
+        monkeypatch.setenv("MY_TOKEN", there)
+    cfg = RewardConfig([RewardPart("http", path="http://localhost:8000")], token_env="MY_TOKEN")
+    words = f"reward.token_env=MY_TOKEN, but on node {socket.gethostname()}, where a reward worker runs, there is no"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        RewardWorker(cfg, ScorerInputs("", str(tiny), "float32", "eager", 0, 60.0))
 
 
 @pytest.mark.parametrize("bad", ["1e300", "float('nan')", "float('inf')", "1/0"])

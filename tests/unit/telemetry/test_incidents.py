@@ -25,10 +25,10 @@ def test_a_guardrail_is_told_with_its_action_and_where_it_was_passed() -> None:
     entropy, kl = incidents(records, Path("absent"), rails).guardrails
     assert (kl.name, kl.action, kl.steps, kl.values) == ("kl", "skip", (1, 3), (6.0, None))
     assert (entropy.name, entropy.action, entropy.steps) == ("entropy", "warn", (3,))
-    (skips,) = incidents(
-        [MetricsRecord("ppo", 9, 0.0, 0.0, {"guard/max_skips": 10.0})], Path("absent"), rails
-    ).guardrails
+    last = MetricsRecord("ppo", 9, 0.0, 0.0, {"guard/max_skips": 10.0, "guard/not_finite": 1.0})
+    skips, not_finite = incidents([last], Path("absent"), rails | {"not_finite": "skip"}).guardrails
     assert (skips.name, skips.action, skips.values) == ("max_skips", "stop", (10.0,))
+    assert (not_finite.name, not_finite.action) == ("not_finite", "skip")
 
 
 def test_the_page_names_the_most_frequent_and_the_slowest_alone(tmp_path: Path) -> None:

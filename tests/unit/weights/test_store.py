@@ -37,6 +37,15 @@ def test_the_newest_are_kept(shared_memory: Path) -> None:
         store.snapshot(1)
 
 
+def test_a_version_that_comes_again_is_the_last(shared_memory: Path) -> None:
+    """As the policy's does, when its average was served in between."""
+    store = WeightStore("run", 2, keep=1)
+    for version in (1, 2, 1):
+        store.add(published(version))
+    assert store.snapshot(1).version == 1
+    assert [path.name for path in store_directory("run", 2).iterdir()] == ["v1.safetensors"]
+
+
 def test_chunks_make_up_the_file(tmp_path: Path) -> None:
     store, snapshot = WeightStore("run", 2, keep=1), published(7)
     store.add(snapshot)
