@@ -38,7 +38,7 @@ BEST_OF, BEST_OF_PROMPTS = 64, 100
 
 TASK = arms.options(
     model__context=snippets.CONTEXT,
-    data__max_prompt_tokens=32,
+    data__max_prompt_tokens=64,
     generation__max_response_tokens=20,
     generation__flush_ms=300,
     evaluation__gold="vader",

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 FILES = ("movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt")
 FIRST_WORDS, LEAST_WORDS, VOCABULARY = 6, 10, 2048
-CONTEXT = 128
+CONTEXT = 256
 PAD, EOS = "<|pad|>", "<|end|>"
 
 
