@@ -6,8 +6,10 @@ rows, a start from SFT, rankings of OpenAssistant added.
 
 A seed splits anew, by conversation. Seeds in `--tries` run every variant; the others run the recipe and the variant
 that was best there, and the table has the means of these alone where there are any: what is chosen by looking looks
-better than it is. (A seed's held-out conversations may be another's too.) Every run is `rlhf-cluster run`, as a person
-types it; what is finished is not run again. Leaves `preferences.json` beside this file, and prints the table.
+better than it is. (A seed's held-out conversations may be another's too.) Beside them stands what words alone give, on
+the same pairs (`tfidf.py`). Every run is `rlhf-cluster run`, as a person types it, of 20 minutes and more on two cores;
+what is finished, or has its figures in `preferences.json` already, is not run again. Writes that file after every run,
+and prints the table.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import arms
+import tfidf
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cluster.config import DataConfig, ModelConfig
@@ -31,8 +34,8 @@ from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.rm import RMEvaluation, read_evaluation
 
 HERE = Path(__file__).parent
-# Measured on 500 other pairs of that data (standard error 0.022).
-FLOORS = {"the less profane response": 0.535, "TF-IDF and Bradley-Terry": 0.622}
+RESULTS = HERE / "preferences.json"
+WORDS = "TF-IDF and Bradley-Terry"
 CONTEXT, LONGER = 320, 512  # tokens of prompt and response
 RECIPE = "recipe: lr 2e-5, 1 epoch"
 
@@ -58,6 +61,28 @@ VARIANTS = {
 }
 
 
+@dataclass
+class Found:
+    """Figures by variant and seed, and the share of the pairs that words alone get right, by seed."""
+
+    variants: dict[str, dict[int, RMEvaluation]]
+    words: dict[int, float]
+
+    @classmethod
+    def read(cls) -> Found:
+        """What earlier runs wrote."""
+        told = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"variants": {}, "words": {}}
+        variants = {
+            name: {int(seed): RMEvaluation(**one, margins=[]) for seed, one in told["variants"].get(name, {}).items()}
+            for name in VARIANTS
+        }
+        return cls(variants, {int(seed): share for seed, share in told["words"].items()})
+
+    def write(self) -> None:
+        variants = {name: {seed: facts(one) for seed, one in seeds.items()} for name, seeds in self.variants.items()}
+        RESULTS.write_text(json.dumps({"words": self.words, "variants": variants}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A reward model on people's preferences.")
     parser.add_argument("--hh", type=Path, required=True, help="hh-rlhf, jsonl(.gz)")
@@ -66,23 +91,24 @@ def main() -> None:
     parser.add_argument("--tries", type=int, nargs="+", default=[0], help="seeds that run every variant")
     parser.add_argument("--out", type=Path, default=Path("runs/learning/preferences"))
     args = parser.parse_args()
-    found: dict[str, dict[int, RMEvaluation]] = {name: {} for name in VARIANTS}
+    found = Found.read()
 
     def judge(seed: int, names: Iterable[str]) -> None:
         directory = args.out / f"seed-{seed}"
-        write_rows(directory / "data", args.hh, args.oasst, seed)
+        found.words[seed] = write_rows(directory / "data", args.hh, args.oasst, seed)
+        print(f"seed {seed}, {WORDS}: {found.words[seed]:.3f}", flush=True)
         for name in names:
-            found[name][seed] = evaluated(directory, name, seed)
-            print(f"seed {seed}, {name}: {found[name][seed]}", flush=True)
+            of_seeds = found.variants[name]
+            of_seeds[seed] = of_seeds.get(seed) or evaluated(directory, name, seed)
+            found.write()
+            print(f"seed {seed}, {name}: {of_seeds[seed]}", flush=True)
 
     for seed in args.tries:
         judge(seed, VARIANTS)
-    chosen = best(found)
+    chosen = best(found.variants, args.tries)
     for seed in [seed for seed in args.seeds if seed not in args.tries]:
         judge(seed, dict.fromkeys((RECIPE, chosen)))
     print(table(found, args.tries))
-    told = {name: {seed: facts(one) for seed, one in of_seeds.items()} for name, of_seeds in found.items()}
-    (HERE / "preferences.json").write_text(json.dumps({"floors": FLOORS, "variants": told}, indent=1) + "\n")
 
 
 def evaluated(directory: Path, name: str, seed: int) -> RMEvaluation:
@@ -102,25 +128,25 @@ def evaluated(directory: Path, name: str, seed: int) -> RMEvaluation:
     return read_evaluation(arms.run(arms.place(directory, name), options) / "stages" / "rm" / "reward_model")
 
 
-def best(found: dict[str, dict[int, RMEvaluation]]) -> str:
-    """The variant of the highest mean accuracy so far."""
-    return max(found, key=lambda name: arms.mean_and_error([one.accuracy for one in found[name].values()])[0])
+def best(variants: dict[str, dict[int, RMEvaluation]], tries: Sequence[int]) -> str:
+    """The variant of the highest mean accuracy over the seeds that ran all."""
+    return max(variants, key=lambda name: arms.mean_and_error([variants[name][seed].accuracy for seed in tries])[0])
 
 
-def write_rows(directory: Path, hh: Path, oasst: Path, seed: int) -> None:
-    """The files of a seed. All variants are judged by the same pairs, those that fit the shorter context."""
-    if (directory / "heldout.jsonl").is_file():
-        return
+def write_rows(directory: Path, hh: Path, oasst: Path, seed: int) -> float:
+    """The files of a seed; returns what words alone get right. All variants are judged by the same pairs, those that
+    fit the shorter context."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(prepare_model(ModelConfig("smollm2_135m")))
     own = load_corpus(DataConfig(source="hh", path=str(hh), heldout_prompts=0), seed)
     other = load_corpus(DataConfig(source="oasst", path=str(oasst), heldout_prompts=0, heldout_fraction=0.0), seed)
-    rows = fitting(own.comparisons, tokenizer, CONTEXT)
+    rows, heldout = (fitting(one, tokenizer, CONTEXT) for one in (own.comparisons, own.heldout_comparisons))
     write(directory / "hh.jsonl", map(as_json, rows))
     write(directory / "longer.jsonl", map(as_json, fitting(own.comparisons, tokenizer, LONGER)))
     write(directory / "pooled.jsonl", map(as_json, [*rows, *fitting(other.comparisons, tokenizer, CONTEXT)]))
     write(directory / "demonstrations.jsonl", map(preferred, rows))
-    write(directory / "heldout.jsonl", map(as_json, fitting(own.heldout_comparisons, tokenizer, CONTEXT)))
+    write(directory / "heldout.jsonl", map(as_json, heldout))
+    return tfidf.accuracy(rows, heldout, seed)
 
 
 def fitting(rows: Iterable[ComparisonRow], tokenizer: PreTrainedTokenizerBase, context: int) -> list[ComparisonRow]:
@@ -156,14 +182,14 @@ def facts(one: RMEvaluation) -> dict[str, float]:
     return {name: value for name, value in dataclasses.asdict(one).items() if name != "margins"}
 
 
-def table(found: dict[str, dict[int, RMEvaluation]], tries: Sequence[int]) -> str:
+def table(found: Found, tries: Sequence[int]) -> str:
     """A row for each variant: means over its seeds, without `tries` where it has others; errors are those over prompts,
-    of each seed."""
+    of each seed. Then words alone, over all seeds."""
     lines = [
         "| reward model | seeds | accuracy | its standard error by seed | length-controlled | shorter | pairs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, of_seeds in found.items():
+    for name, of_seeds in found.variants.items():
         fresh = [seed for seed in of_seeds if seed not in tries]
         seeds = fresh or list(of_seeds)
         every = [of_seeds[seed] for seed in seeds]
@@ -176,7 +202,9 @@ def table(found: dict[str, dict[int, RMEvaluation]], tries: Sequence[int]) -> st
             ", ".join(str(one.pairs) for one in every),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [f"| {name} (floor, other pairs) | | {floor:.3f} | | | | |" for name, floor in FLOORS.items()]
+    shares = list(found.words.values())
+    told = [", ".join(map(str, found.words)), f"{mean(shares)} {by_seed(shares)}", "", "", "", ""]
+    lines.append(f"| {WORDS}, fitted to the same pairs | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
