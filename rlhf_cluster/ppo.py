@@ -13,42 +13,31 @@ beyond 0 the time of its arrival decides which of the versions in between evalua
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn
 
 import numpy as np
 
 from rlhf_cluster.algo.kl import AdaptiveKL, FixedKL
+from rlhf_cluster.collection import Batches, collect, reasons
 from rlhf_cluster.config import PPOConfig
-from rlhf_cluster.loop.admission import DROPPED, FILTERED, Admission, Batch
+from rlhf_cluster.loop.admission import DROPPED, FILTERED, Batch
 from rlhf_cluster.loop.control import Control, KLCoefficient
 from rlhf_cluster.loop.guardrails import Alarm, Guardrails, Rail, gravest
-from rlhf_cluster.records import Controls, Members, Rollouts, ScoredRollouts, UpdateStats, join
+from rlhf_cluster.records import Controls, ScoredRollouts, UpdateStats
 from rlhf_cluster.rooms import Rooms
 from rlhf_cluster.storage.checkpoints import Checkpoint, Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import MetricsLog
 from rlhf_cluster.telemetry.timer import Timer
 
-T = TypeVar("T")
-
 STAGE = "ppo"
 RUN_STATE = "run.json"
-PAUSE_S = 10.0  # between two tries for a batch that has no row yet
-
-
-class Batches(Protocol):
-    """Which responses to sample in a step: a pure function of the step."""
-
-    def members(self, step: int, batch_size: int, samples_per_prompt: int) -> Members: ...
-
-    def refill(self, step: int, attempt: int, count: int, samples_per_prompt: int) -> Members: ...
 
 
 class EmptyBatchError(RuntimeError):
@@ -96,7 +85,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
         for step in range(start.step, cfg.steps):
             with log.timer("step"):
                 for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
-                    batches.append(collecting.create_task(collect(rooms, ahead, prompts, cfg, log)))
+                    batches.append(collecting.create_task(collect(rooms, ahead, prompts, cfg, log.timer, log.warn)))
                 batch = await batches.popleft()
                 if not len(batch.rows):
                     await give_up(rooms, step, batch, control, rails, log)
@@ -120,37 +109,6 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                     await save(rooms, stats.weight_version, control, rails, log)
 
 
-async def collect(rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, log: Log) -> Batch:
-    """One batch, from its members to rows that the learner has evaluated. Members that failed or were filtered are
-    replaced by others, a few times; then the batch runs short. While it has no row at all others are tried for longer:
-    whoever gives the scores may come back."""
-    together = cfg.samples_per_prompt if cfg.advantage.compares_groups else 1
-    admission = Admission(cfg.advantage.compares_groups, cfg.dynamic_sampling)
-    members = prompts.members(step, cfg.batch_size, cfg.samples_per_prompt)
-    await rooms.learner.begin(step, members.sample_id)
-    end, clock = math.inf, asyncio.get_running_loop().time
-    for attempt in itertools.count():
-        await evaluate_all(rooms, step, members, admission, log.timer)
-        gone = admission.gone()
-        late = attempt >= cfg.max_refill
-        if attempt == cfg.max_refill:
-            end = clock() + cfg.empty_wait_s
-        if not gone or (late and (admission.any() or clock() >= end)):
-            break
-        if late:
-            log.warn(f"iteration {step + 1}: no sample has a score yet ({reasons(admission.batch())}); tries again")
-            await asyncio.sleep(PAUSE_S)
-        members = prompts.refill(step, attempt, len(gone) // together, together)
-        await rooms.learner.replace(step, gone, members.sample_id)
-    restored = admission.restore_filtered(gone)
-    kept = set(restored.sample_id)
-    if missing := [sample_id for sample_id in gone if sample_id not in kept]:
-        await rooms.learner.replace(step, missing, [])
-    if len(restored):
-        await rooms.learner.add(step, restored)
-    return admission.batch()
-
-
 async def give_up(rooms: Rooms, step: int, batch: Batch, control: Control, rails: Guardrails, log: Log) -> NoReturn:
     """An iteration without a row: what failed goes on record, the policy so far into a checkpoint."""
     log.rollouts.write(step, batch.table())
@@ -164,37 +122,6 @@ async def give_up(rooms: Rooms, step: int, batch: Batch, control: Control, rails
         "reward, or give it more time (reward.deadline_s, cluster.call_timeout_s), and give the same command again: "
         "the run goes on from here"
     )
-
-
-async def evaluate_all(rooms: Rooms, step: int, members: Members, admission: Admission, timer: Timer) -> None:
-    """Samples the members; each rollout moves on as it ends."""
-    admission.expect(members)
-    async with asyncio.TaskGroup() as evaluating:
-        with timer("gen"):
-            async for rollouts in rooms.generation.sample(members):
-                evaluating.create_task(evaluate(rooms, step, rollouts, admission, timer))
-
-
-async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, admission: Admission, timer: Timer) -> None:
-    """Score and reference side by side, then the learner's own logprobs and values of what is admitted."""
-
-    async def timed(part: str, ask: Callable[[Rollouts], Awaitable[T]]) -> T:
-        with timer(part):
-            return await ask(rollouts)
-
-    async with asyncio.TaskGroup() as side_by_side:
-        scores = side_by_side.create_task(timed("reward", rooms.reward.score))
-        ref = side_by_side.create_task(timed("ref", rooms.reference.logprobs))
-    admitted = admission.take(join(rollouts, scores.result(), ref.result()))
-    if len(admitted):
-        with timer("old_log_prob"):
-            await rooms.learner.add(step, admitted)
-
-
-def reasons(batch: Batch) -> str:
-    """Why samples failed, the most frequent first."""
-    failures = Counter(failure for rows in batch.others.values() for failure in rows.failure if failure)
-    return "; ".join(f"{count} x {failure}" for failure, count in failures.most_common(3))
 
 
 class GuardrailError(RuntimeError):

@@ -32,9 +32,11 @@ MAY_SEE = {
     "config": set[str](),
     "algo": {"records"},
     "loop": {"records", "algo"},
-    "ppo": {"records", "rooms", "config", "algo", "loop", "telemetry", "storage"},
+    "collection": {"records", "rooms", "config", "loop", "telemetry"},
+    "ppo": {"records", "rooms", "config", "algo", "loop", "collection", "telemetry", "storage"},
 }
-MAY_SEE |= {stage: MAY_SEE["ppo"] - {"loop"} | {"engine", "models", "data"} for stage in ("sft", "rm", "dpo")}
+SUPERVISED = MAY_SEE["ppo"] - {"loop", "collection"} | {"engine", "models", "data"}
+MAY_SEE |= dict.fromkeys(("sft", "rm", "dpo"), SUPERVISED)
 ROOMS = {"generation", "scoring", "reference", "learner"}
 # `cluster` makes actors of the rooms; only what a person starts may start actors.
 SEEN_ONLY_BY = {"cluster": {"pipeline", "cli", "generate"}, "pipeline": {"cli"}, "cli": set[str]()}

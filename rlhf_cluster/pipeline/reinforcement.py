@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from rlhf_cluster import ppo, rm
 from rlhf_cluster.cluster.placement import OpenRooms, PPOInputs, open_rooms
+from rlhf_cluster.collection import reasons
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.batches import PromptOrder, heldout_members
 from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, read_heldout, sample_heldout, samples
@@ -163,7 +164,7 @@ def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
 
 
 def _show(run: Run, step: int, batch: Batch) -> None:
-    if failures := ppo.reasons(batch):
+    if failures := reasons(batch):
         run.progress.note(f"iteration {step + 1}: samples failed and were not trained on: {failures}")
     every = run.cfg.logging.sample_every
     if every and step % every == 0:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fakes import Broken, Events, FakeRooms, as_they_came, prompts, shuffled
 
-from rlhf_cluster import ppo
+from rlhf_cluster import collection, ppo
 from rlhf_cluster.config import AdvantageConfig, GuardrailsConfig, KLConfig, PPOConfig, RailConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.loop.admission import Batch
@@ -390,7 +390,7 @@ def test_a_batch_of_which_nothing_is_left_is_said_and_nothing_is_lost(tmp_path: 
 
 
 def test_whoever_gives_the_scores_may_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppo, "PAUSE_S", 0.0)
+    monkeypatch.setattr(collection, "PAUSE_S", 0.0)
     fakes = FakeRooms()
     fakes.reward.failing = failing("1/p", "1+1/p", "1+2/p", "1+3/p")
     run = RunOfLoop(tmp_path, fakes)()

@@ -1,0 +1,97 @@
+"""One batch, from the prompts that are its members to rows that the learner has evaluated.
+
+           generation -> scoring || reference -> admission -> learner: add          per rollout, as each one ends
+
+Asks the rooms, and decides nothing that admission does not say: which rows are trained on, and whose place is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+from rlhf_cluster.config import PPOConfig
+from rlhf_cluster.loop.admission import Admission, Batch
+from rlhf_cluster.records import Members, Rollouts, join
+from rlhf_cluster.rooms import Rooms
+from rlhf_cluster.telemetry.timer import Timer
+
+T = TypeVar("T")
+
+PAUSE_S = 10.0  # between two tries for a batch that has no row yet
+
+
+class Batches(Protocol):
+    """Which responses to sample in a step: a pure function of the step."""
+
+    def members(self, step: int, batch_size: int, samples_per_prompt: int) -> Members: ...
+
+    def refill(self, step: int, attempt: int, count: int, samples_per_prompt: int) -> Members: ...
+
+
+async def collect(
+    rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, timer: Timer, warn: Callable[[str], None]
+) -> Batch:
+    """One batch, from its members to rows that the learner has evaluated. Members that failed or were filtered are
+    replaced by others, a few times; then the batch runs short. While it has no row at all others are tried for longer:
+    whoever gives the scores may come back."""
+    together = cfg.samples_per_prompt if cfg.advantage.compares_groups else 1
+    admission = Admission(cfg.advantage.compares_groups, cfg.dynamic_sampling)
+    members = prompts.members(step, cfg.batch_size, cfg.samples_per_prompt)
+    await rooms.learner.begin(step, members.sample_id)
+    end, clock = math.inf, asyncio.get_running_loop().time
+    for attempt in itertools.count():
+        await evaluate_all(rooms, step, members, admission, timer)
+        gone = admission.gone()
+        late = attempt >= cfg.max_refill
+        if attempt == cfg.max_refill:
+            end = clock() + cfg.empty_wait_s
+        if not gone or (late and (admission.any() or clock() >= end)):
+            break
+        if late:
+            warn(f"iteration {step + 1}: no sample has a score yet ({reasons(admission.batch())}); tries again")
+            await asyncio.sleep(PAUSE_S)
+        members = prompts.refill(step, attempt, len(gone) // together, together)
+        await rooms.learner.replace(step, gone, members.sample_id)
+    restored = admission.restore_filtered(gone)
+    kept = set(restored.sample_id)
+    if missing := [sample_id for sample_id in gone if sample_id not in kept]:
+        await rooms.learner.replace(step, missing, [])
+    if len(restored):
+        await rooms.learner.add(step, restored)
+    return admission.batch()
+
+
+async def evaluate_all(rooms: Rooms, step: int, members: Members, admission: Admission, timer: Timer) -> None:
+    """Samples the members; each rollout moves on as it ends."""
+    admission.expect(members)
+    async with asyncio.TaskGroup() as evaluating:
+        with timer("gen"):
+            async for rollouts in rooms.generation.sample(members):
+                evaluating.create_task(evaluate(rooms, step, rollouts, admission, timer))
+
+
+async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, admission: Admission, timer: Timer) -> None:
+    """Score and reference side by side, then the learner's own logprobs and values of what is admitted."""
+
+    async def timed(part: str, ask: Callable[[Rollouts], Awaitable[T]]) -> T:
+        with timer(part):
+            return await ask(rollouts)
+
+    async with asyncio.TaskGroup() as side_by_side:
+        scores = side_by_side.create_task(timed("reward", rooms.reward.score))
+        ref = side_by_side.create_task(timed("ref", rooms.reference.logprobs))
+    admitted = admission.take(join(rollouts, scores.result(), ref.result()))
+    if len(admitted):
+        with timer("old_log_prob"):
+            await rooms.learner.add(step, admitted)
+
+
+def reasons(batch: Batch) -> str:
+    """Why samples failed, the most frequent first."""
+    failures = Counter(failure for rows in batch.others.values() for failure in rows.failure if failure)
+    return "; ".join(f"{count} x {failure}" for failure, count in failures.most_common(3))
