@@ -72,13 +72,13 @@ class RewardModel:
             rm__ranking__prompts=self.prompts,
             rm__ranking__responses=4,
             rm__ranking__tie_margin=0.05,
-            rm__epochs=2,
+            rm__epochs=4,
             rm__batch_size=16,
-            rm__optimizer__lr=5e-4,
+            rm__optimizer__lr=1e-3,
         )
 
 
-REWARD_MODELS = {"small": RewardModel(1, 100), "large": RewardModel(0, 1500)}
+REWARD_MODELS = {"large": RewardModel(0, 4000), "small": RewardModel(1, 300)}
 COEFFICIENTS = (0.0, 0.02, 0.1, 0.3)
 CONTROL, BEFORE = "random", Path("stages/before/heldout.parquet")  # the control's directory; samples within a run's
 CLAIM = (("large", 0.02), ("large", 0.0), ("small", 0.0))
