@@ -1,6 +1,7 @@
 """What does alignment cost elsewhere? Perplexity on text that the run is not about, of the pretrained model, after SFT,
-after PPO and after PPO with the pretraining mix (PPO-ptx): the quickstart's recipe, and the order of InstructGPT's
-figures 33 and 34 to be met or missed.
+after PPO and after PPO with the pretraining mix (PPO-ptx): the quickstart's recipe, and both once more for longer and
+without a KL penalty, since so few iterations cost little. The order of InstructGPT's figures 33 and 34 is to be met or
+missed.
 
     python benchmarks/learning/alignment_tax.py --text FILE [--seeds 0 1 2] [--coef 1.0] [--out DIR]
 
@@ -28,6 +29,7 @@ from rlhf_cluster.results import result_policy
 
 HERE = Path(__file__).parent
 WINDOW, TOKENS = 128, 16384  # of the held-out text
+FURTHER = arms.options(ppo__steps=25, ppo__kl__coef=0.0)
 PTX = arms.options(ppo__ptx__ratio=1, ppo__ptx__tokens=64)  # the paper has 8 examples an episode; on two cores one
 
 
@@ -71,20 +73,23 @@ def split(text: Path, directory: Path) -> tuple[Path, str]:
 
 
 def one_seed(directory: Path, seed: int, train: Path, coef: float) -> dict[str, Path]:
-    """PPO, and PPO-ptx from the same SFT policy against the same reward model."""
+    """PPO, and all others from the same SFT policy against the same reward model."""
     whole = arms.run(directory / "ppo", ["recipe=quickstart", f"seed={seed}"])
     stages = whole / "stages"
-    mixed = [
+    alone = [
         "recipe=quickstart",
         f"seed={seed}",
         "stages=[ppo]",
         f"policy_path={stages / 'sft' / 'policy'}",
         f"reward.path={stages / 'rm' / 'reward_model'}",
-        f"data.pretraining={train}",
-        f"ppo.ptx.coef={coef}",
-        *PTX,
     ]
-    return {"PPO": whole, "PPO-ptx": arms.run(directory / f"ptx-{coef:g}", mixed)}
+    mixed = [*alone, f"data.pretraining={train}", f"ppo.ptx.coef={coef}", *PTX]
+    return {
+        "PPO": whole,
+        "PPO-ptx": arms.run(directory / f"ptx-{coef:g}", mixed),
+        "PPO, further": arms.run(directory / "ppo-further", [*alone, *FURTHER]),
+        "PPO-ptx, further": arms.run(directory / f"ptx-{coef:g}-further", [*mixed, *FURTHER]),
+    }
 
 
 def policies(runs: dict[str, Path]) -> dict[str, Path]:
@@ -108,7 +113,7 @@ def perplexity(policy: Path, text: str) -> float:
 
 def draw(found: dict[str, list[float]], path: Path) -> None:
     """A bar for each policy's mean, a dot for each seed."""
-    figure, axes = plt.subplots(figsize=(6, 3.8), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(7.5, 3.8), constrained_layout=True)
     axes.bar(list(found), [arms.mean_and_error(values)[0] for values in found.values()], color="0.8")
     for place, values in enumerate(found.values()):
         axes.plot([place] * len(values), values, "k.")
