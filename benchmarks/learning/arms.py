@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_cluster.telemetry.comparison import Comparison
 from rlhf_cluster.telemetry.metrics import MetricsRecord, read_metrics
@@ -38,6 +39,11 @@ class Outcome:
     kl: float
     seconds: float
     points: tuple[Point, ...]
+
+    @classmethod
+    def of_json(cls, told: dict[str, Any]) -> Outcome:
+        """What `dataclasses.asdict` made of one."""
+        return cls(**told | {"points": tuple(Point(**point) for point in told["points"])})
 
 
 def run(directory: Path, overrides: Sequence[str], command: str = COMMAND) -> Path:

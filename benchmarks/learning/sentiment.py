@@ -8,8 +8,8 @@ neither PPO nor the reward models ever see, judges blindly. Beside PPO stands be
 random reward as a control. The forms of Gao et al. 2022 are fitted to what comes out. Seeds in `--whole` run the whole
 grid, the others the arms of the claim alone. FOLDER holds VADER's snippets (`snippets.py`).
 
-Every run is `rlhf-cluster run`, as a person types it; what is finished is not run again. Leaves `sentiment.json` and
-`sentiment.png` beside this file, and prints the tables.
+Every run is `rlhf-cluster run`, as a person types it; what is finished is not run again, nor a seed that has its
+figures in `sentiment.json`. Writes that file after every seed, leaves `sentiment.png` beside it, and prints the tables.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import Any, TypeVar
 
 import arms
 import gao
@@ -34,6 +36,8 @@ from matplotlib.axes import Axes
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "sentiment.json"
+T = TypeVar("T")
 BEST_OF, BEST_OF_PROMPTS = 64, 100
 
 TASK = arms.options(
@@ -79,9 +83,9 @@ class RewardModel:
 
 
 REWARD_MODELS = {"large": RewardModel(0, 4000), "small": RewardModel(1, 300)}
-COEFFICIENTS = (0.0, 0.02, 0.1, 0.3)
+COEFFICIENTS = (0.0, 0.1, 0.5)
 CONTROL, BEFORE = "random", Path("stages/before/heldout.parquet")  # the control's directory; samples within a run's
-CLAIM = (("large", 0.02), ("large", 0.0), ("small", 0.0))
+CLAIM = (("large", 0.1), ("large", 0.0), ("small", 0.0))
 
 
 def main() -> None:
@@ -91,33 +95,61 @@ def main() -> None:
     parser.add_argument("--whole", type=int, nargs="*", default=[0], help="seeds that run the whole grid")
     parser.add_argument("--out", type=Path, default=Path("runs/learning/sentiment"))
     args = parser.parse_args()
-    found: dict[str, list[arms.Outcome]] = {}
-    blind: dict[str, list[Text]] = {}
-    tasks = [Task(args.out / f"seed-{seed}", args.data, seed) for seed in args.seeds]
-    for task in tasks:
-        for arm, directory in task.arms(whole=task.seed in args.whole).items():
-            found.setdefault(arm, []).append(arms.outcome(directory))
-            blind.setdefault(arm, []).append(read_text(directory / "heldout_after.parquet", task.model))
-            one = found[arm][-1]
-            told = f"gold {one.before:+.3f} -> {one.after:+.3f}, KL {one.kl:.2f}"
-            print(f"seed {task.seed}, {arm}: {told}", flush=True)
-    best = best_of_n(tasks[0].best_of_n())
-    blind = {"SFT": [read_text(task.before, task.model) for task in tasks], **blind}
+    seeds = read_seeds()
+    for seed in args.seeds:
+        if seed not in seeds:
+            seeds[seed] = one_seed(Task(args.out / f"seed-{seed}", args.data, seed), whole=seed in args.whole)
+            told = {seed: dataclasses.asdict(one) for seed, one in seeds.items()}
+            RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+    asked = [seeds[seed] for seed in args.seeds]
+    found = by_arm(one.outcomes for one in asked)
+    best = next((one.best for one in asked if one.best), [])
     print(arms.table(found))
-    print(table_of_text(blind))
+    print(table_of_text(by_arm(one.texts for one in asked)))
     fits = {name: fit_arm(outcomes) for name, outcomes in found.items() if name.endswith("coefficient 0")}
     fits["best-of-n"] = fit_best(best)
     for name, fit in fits.items():
         print(f"{name}: {fit.form}, a {fit.a:.3f}, b {fit.b:.3f}, R2 {fit.r_squared:.3f}, peak at d {fit.peak:.2f}")
-    everything = {
-        "seeds": args.seeds,
-        "arms": {arm: [dataclasses.asdict(one) for one in outcomes] for arm, outcomes in found.items()},
-        "text": {arm: [dataclasses.asdict(one) for one in texts] for arm, texts in blind.items()},
-        "best_of_n": [dataclasses.asdict(one) for one in best],
-        "fits": {name: dataclasses.asdict(one) for name, one in fits.items()},
-    }
-    (HERE / "sentiment.json").write_text(json.dumps(everything, indent=1) + "\n")
     draw(found, best, fits, HERE / "sentiment.png")
+
+
+@dataclass(frozen=True)
+class OfSeed:
+    """What a seed gave, by arm: outcomes, and what their responses look like; the best of n where it ran the grid."""
+
+    outcomes: dict[str, arms.Outcome]
+    texts: dict[str, Text]
+    best: list[Best]
+
+
+def read_seeds() -> dict[int, OfSeed]:
+    """What earlier runs wrote."""
+    told = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    return {int(seed): of_json(one) for seed, one in told.items()}
+
+
+def of_json(told: dict[str, Any]) -> OfSeed:
+    outcomes = {arm: arms.Outcome.of_json(one) for arm, one in told["outcomes"].items()}
+    texts = {arm: Text(**one) for arm, one in told["texts"].items()}
+    return OfSeed(outcomes, texts, [Best(**one) for one in told["best"]])
+
+
+def one_seed(task: Task, whole: bool) -> OfSeed:
+    outcomes, texts = {}, {}
+    for arm, directory in task.arms(whole).items():
+        outcomes[arm] = one = arms.outcome(directory)
+        texts[arm] = read_text(directory / "heldout_after.parquet", task.model)
+        print(f"seed {task.seed}, {arm}: gold {one.before:+.3f} -> {one.after:+.3f}, KL {one.kl:.2f}", flush=True)
+    texts = {"SFT": read_text(task.before, task.model), **texts}
+    return OfSeed(outcomes, texts, best_of_n(task.best_of_n()) if whole else [])
+
+
+def by_arm(seeds: Iterable[dict[str, T]]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for of_seed in seeds:
+        for arm, one in of_seed.items():
+            found.setdefault(arm, []).append(one)
+    return found
 
 
 @dataclass(frozen=True)
@@ -159,7 +191,7 @@ class Task:
             f"PPO, {name} reward model, coefficient {coef:g}": (f"ppo-{name}-{coef:g}", self.rewards[name], coef)
             for name, coef in grid
         }
-        asked["PPO, random reward"] = (CONTROL, "reward=random", 0.02)
+        asked["PPO, random reward"] = (CONTROL, "reward=random", 0.1)
         return {
             arm: arms.run(self.directory / place, [*self.given, *PPO, reward, f"ppo.kl.coef={coef}"])
             for arm, (place, reward, coef) in asked.items()
