@@ -89,6 +89,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, spread / math.sqrt(len(values))
 
 
+def signed(values: Sequence[float]) -> str:
+    """Their mean with its sign, and its standard error where there is one."""
+    mean, error = mean_and_error(values)
+    return f"{mean:+.3f}" if math.isnan(error) else f"{mean:+.3f} ± {error:.3f}"
+
+
 def place(directory: Path, arm: str) -> Path:
     """Where the run of an arm lies."""
     return directory / "".join(letter if letter.isalnum() else "-" for letter in arm.lower())
@@ -109,7 +115,7 @@ def table(rows: Mapping[str, Sequence[Outcome]]) -> str:
         cells = [
             f"{mean_and_error([one.before for one in outcomes])[0]:.3f}",
             f"{mean_and_error([one.after for one in outcomes])[0]:.3f}",
-            "{:+.3f} ± {:.3f}".format(*mean_and_error([one.difference for one in outcomes])),
+            signed([one.difference for one in outcomes]),
             ", ".join(f"{one.difference_se:.3f}" for one in outcomes),
             f"{mean_and_error([one.kl for one in outcomes])[0]:.2f}",
             f"{mean_and_error([one.seconds for one in outcomes])[0]:.0f}",

@@ -305,7 +305,7 @@ def draw(found: dict[str, list[arms.Outcome]], best: list[Best], fits: dict[str,
         curve(panel, fits[unpenalised], fmean(one.before for one in found[unpenalised]), furthest)
         panel.set(title=f"{name} reward model", xlabel="square root of KL (nats)", ylabel="gold score (line)")
         proxy.set_ylabel("gain of the proxy (dotted)")
-        panel.legend(loc="lower right")
+        panel.legend(loc="upper left" if name == "small" else "lower right")
     figure.savefig(path, dpi=130)
 
 
