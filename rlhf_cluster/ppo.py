@@ -105,8 +105,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
             write_down(step, batch, stats, controls, alarms, heldout, log)
             stop_where_due(alarms, good, stats.weight_version)
             if is_checkpoint(step, cfg):
-                with log.timer("save_checkpoint"):
-                    await save(rooms, stats.weight_version, control, rails, log)
+                await save(rooms, stats.weight_version, control, rails, log)
 
 
 async def give_up(rooms: Rooms, step: int, batch: Batch, control: Control, rails: Guardrails, log: Log) -> NoReturn:
@@ -114,8 +113,7 @@ async def give_up(rooms: Rooms, step: int, batch: Batch, control: Control, rails
     log.rollouts.write(step, batch.table())
     last = log.checkpoints.latest()
     if step > (last.step if last else 0):
-        with log.timer("save_checkpoint"):
-            await save(rooms, step, control, rails, log)
+        await save(rooms, step, control, rails, log)
     samples = sum(map(len, batch.others.values()))
     raise EmptyBatchError(
         f"iteration {step + 1}: none of its {samples} samples has a score to train on ({reasons(batch)}); mend the "
@@ -187,7 +185,7 @@ def make_guardrails(cfg: PPOConfig, start: Start) -> Guardrails:
 
 async def save(rooms: Rooms, version: int, control: Control, rails: Guardrails, log: Log) -> None:
     """A checkpoint that is either complete or not there. `version` iterations are done."""
-    with log.checkpoints.write(version) as directory:
+    with log.timer("save_checkpoint"), log.checkpoints.write(version) as directory:
         await rooms.learner.save(directory)
         state = {"step": version, "control": control.state(), "guardrails": rails.state()}
         (directory / RUN_STATE).write_text(json.dumps(state))

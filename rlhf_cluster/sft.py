@@ -131,8 +131,12 @@ def gradient(engine: TrainEngine, job: SFTJob, rows: list[list[int]]) -> tuple[d
     """
     ranks, own = engine.ranks, rows[engine.ranks.rank :: engine.ranks.world]
     batches = micro_batches(*job.sequences, own, job.cfg.engine.tokens_per_micro_batch)
-    counts = [job.masks(batch).sum(1, dtype=torch.float64) for batch in batches]
-    labels = ranks.sum(sum(counts, torch.zeros(2, dtype=torch.float64)))  # of demonstrations, of text
+    counts = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        counts[:2] += job.masks(batch).sum(1)
+        counts[2] += batch.padded_tokens
+    counts = ranks.sum(counts)
+    labels = counts[:2]  # of demonstrations, of text
     share = job.cfg.pretraining_share if labels[1] else 0.0
     weights = torch.tensor([1 - share, share], dtype=torch.float64) / labels.clamp(min=1)
     total, device = torch.zeros(2, dtype=torch.float64), compute_device()
@@ -143,6 +147,5 @@ def gradient(engine: TrainEngine, job: SFTJob, rows: list[list[int]]) -> tuple[d
         engine.backward((losses * weights.to(losses)).sum())
         total += losses.detach().double().cpu()
     means = (ranks.sum(total) / labels.clamp(min=1)).tolist()
-    padded = ranks.sum(torch.tensor(sum(b.padded_tokens for b in batches), dtype=torch.float64))
     told = {"sft/loss": means[0]} | ({"sft/pretraining_loss": means[1]} if share else {})
-    return told, float(padded)
+    return told, float(counts[2])

@@ -151,24 +151,8 @@ def validate_text(cfg: RunConfig, asks: str) -> None:
 def _validate_guardrails(cfg: RunConfig) -> None:
     rails = cfg.ppo.guardrails
     for name, rail in rails.rails.items():
-        key = f"ppo.guardrails.{name}"
-        of_samples = name in ("kl", "entropy", "length")
-        require(
-            rail.action != "rollback" or not rail.limit or cfg.ppo.save_every > 0,
-            f"{key}.action=rollback, but ppo.save_every=0 leaves no checkpoint to go back to; save some",
-        )
-        require(
-            rail.action != "rollback" or not rail.limit or not of_samples or cfg.ppo.keep_checkpoints != 1,
-            f"{key}.action=rollback judges a policy by its samples, and it may be the last checkpoint; keep the "
-            "one before it too: ppo.keep_checkpoints=2",
-        )
-    of_old_samples = any(rail.limit and rail.action == "rollback" for rail in (rails.kl, rails.entropy, rails.length))
-    reach = (cfg.ppo.keep_checkpoints - 1) * cfg.ppo.save_every
-    require(
-        not of_old_samples or not cfg.ppo.keep_checkpoints or reach > cfg.ppo.max_staleness,
-        f"ppo.keep_checkpoints={cfg.ppo.keep_checkpoints}, ppo.save_every={cfg.ppo.save_every}: with "
-        f"ppo.max_staleness={cfg.ppo.max_staleness} the policy that a rollback goes back to may be gone; keep more",
-    )
+        if rail.limit and rail.action == "rollback":
+            _validate_rollback(cfg, name)
     require(
         not rails.length.limit or rails.length.limit > 1,
         f"ppo.guardrails.length.limit={rails.length.limit}: a factor above 1, or 0 for none",
@@ -176,6 +160,22 @@ def _validate_guardrails(cfg: RunConfig) -> None:
     require(
         not rails.kl.limit or cfg.ppo.kl.kind != "none",
         f"ppo.guardrails.kl.limit={rails.kl.limit}, but ppo.kl.kind=none starts no reference; use kl=fixed, or 0",
+    )
+
+
+def _validate_rollback(cfg: RunConfig, name: str) -> None:
+    """A checkpoint of a policy before the one that the rail `name` judges is kept: what was seen in samples is true of
+    the policy that sampled them."""
+    key = f"ppo.guardrails.{name}"
+    save_every, kept, staleness = cfg.ppo.save_every, cfg.ppo.keep_checkpoints, cfg.ppo.max_staleness
+    require(
+        save_every > 0, f"{key}.action=rollback, but ppo.save_every=0 leaves no checkpoint to go back to; save some"
+    )
+    require(
+        name not in ("kl", "entropy", "length") or not kept or (kept - 1) * save_every > staleness,
+        f"{key}.action=rollback judges a policy by its samples, and of ppo.keep_checkpoints={kept}, "
+        f"ppo.save_every={save_every}: with ppo.max_staleness={staleness} the policy before it may be gone; keep more: "
+        f"ppo.keep_checkpoints={staleness // save_every + 2}",
     )
 
 
