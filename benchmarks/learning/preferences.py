@@ -2,7 +2,7 @@
 (harmless), judged on conversations that were held out, with the obvious things tried: learning rate, epochs, longer
 rows, a start from SFT, rankings of OpenAssistant added.
 
-    python benchmarks/learning/preferences.py --hh FILE --oasst FILE [--seeds 0 1 2] [--tries 0] [--out DIR]
+    python benchmarks/learning/preferences.py --hh FILE --oasst FILE [--seeds 0 1 2] [--tries 0] [--threads 2]
 
 A seed splits anew, by conversation. Seeds in `--tries` run every variant; the others run the recipe and the variant
 that was best there, and the table has the means of these alone where there are any: what is chosen by looking looks
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--oasst", type=Path, required=True, help="OpenAssistant's trees, jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tries", type=int, nargs="+", default=[0], help="seeds that run every variant")
+    parser.add_argument("--threads", type=int, default=2, help="of a run")
     parser.add_argument("--out", type=Path, default=Path("runs/learning/preferences"))
     args = parser.parse_args()
     found = Found.read()
@@ -99,7 +100,7 @@ def main() -> None:
         print(f"seed {seed}, {WORDS}: {found.words[seed]:.3f}", flush=True)
         for name in names:
             of_seeds = found.variants[name]
-            of_seeds[seed] = of_seeds.get(seed) or evaluated(directory, name, seed)
+            of_seeds[seed] = of_seeds.get(seed) or evaluated(directory, name, seed, args.threads)
             found.write()
             print(f"seed {seed}, {name}: {of_seeds[seed]}", flush=True)
 
@@ -111,7 +112,7 @@ def main() -> None:
     print(table(found, args.tries))
 
 
-def evaluated(directory: Path, name: str, seed: int) -> RMEvaluation:
+def evaluated(directory: Path, name: str, seed: int, threads: int) -> RMEvaluation:
     variant, data = VARIANTS[name], directory / "data"
     options = [
         "recipe=hh",
@@ -120,6 +121,8 @@ def evaluated(directory: Path, name: str, seed: int) -> RMEvaluation:
         f"model.context={variant.context}",
         f"data.max_prompt_tokens={variant.context - 1}",  # the rows were chosen by their whole length
         "generation.max_response_tokens=1",
+        f"sft.resources.threads={threads}",
+        f"rm.resources.threads={threads}",
         f"data.comparisons={data / f'{variant.rows}.jsonl'}",
         f"data.heldout_comparisons={data / 'heldout.jsonl'}",
         f"data.demonstrations={data / 'demonstrations.jsonl'}",
