@@ -26,7 +26,7 @@ from rlhf_cluster.engine.schedule import learning_rate
 from rlhf_cluster.models.batching import PackedBatch
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
-from rlhf_cluster.models.rankings import RankedRows, accumulate, means, of_all_sequences, prompt_batches, tally
+from rlhf_cluster.models.rankings import Layout, RankedRows, accumulate, means, of_all_sequences, prompt_batches, tally
 from rlhf_cluster.models.trained import leave_policy
 from rlhf_cluster.records import Comparisons
 
@@ -111,8 +111,11 @@ def of_responses(
     engine: TrainEngine, job: DPOJob, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Log-probability of each whole response, f64 [n], on every rank. A collective."""
-    limit = job.cfg.engine.tokens_per_micro_batch
-    return of_all_sequences(engine.ranks, prompts, responses, limit, partial(response_sums, engine))
+    return of_all_sequences(engine.ranks, prompts, responses, layout(engine, job), partial(response_sums, engine))
+
+
+def layout(engine: TrainEngine, job: DPOJob) -> Layout:
+    return Layout.of(job.cfg, job.model, engine.module.model)
 
 
 def response_sums(engine: TrainEngine, batch: PackedBatch) -> torch.Tensor:
@@ -131,8 +134,7 @@ def gradient(engine: TrainEngine, job: DPOJob, prompts: np.ndarray, reference: R
         log_ratios = found[ranked.rows] - torch.from_numpy(reference.of_rankings[ranked.prompt]).to(found)
         return preference_loss(log_ratios, ranked.ranks, baseline, job.cfg)
 
-    limit = job.cfg.engine.tokens_per_micro_batch
-    sums = accumulate(engine, job.comparisons, prompts, limit, partial(response_sums, engine), loss_of)
+    sums = accumulate(engine, job.comparisons, prompts, layout(engine, job), partial(response_sums, engine), loss_of)
     return means(sums, len(prompts), "dpo/") | ({"dpo/kl": baseline} if job.cfg.loss == "kto" else {})
 
 

@@ -1,6 +1,7 @@
 """Stage 2: the reward model, from rankings (InstructGPT section 3.5, eq. 1; C.2).
 
-All pairs of a prompt are one batch element, so a response is passed forward once and not K - 1 times. Ties are dropped.
+All pairs of a prompt are one batch element, so a response is passed forward once and not K - 1 times, and the prompt
+once for all responses where it can be shared. Ties are dropped.
 After training the bias is set so that the demonstrations score 0 on average. Every rank runs `train`.
 """
 
@@ -22,7 +23,7 @@ from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.schedule import learning_rate
 from rlhf_cluster.models.load import resolve_attention, resolve_dtype
-from rlhf_cluster.models.rankings import accumulate, means, of_all_sequences, prompt_batches
+from rlhf_cluster.models.rankings import Layout, accumulate, means, of_all_sequences, prompt_batches
 from rlhf_cluster.models.score_head import ScalarHeadModel, save_scalar_head_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Comparisons, Demonstrations
@@ -125,12 +126,11 @@ def train(ranks: Ranks, job: RMJob, report: Report) -> None:
 
 def gradient(engine: TrainEngine, job: RMJob, prompts: np.ndarray) -> dict[str, float]:
     """Accumulates the gradient of the mean over `prompts` of eq. (1), over all ranks."""
-    limit = job.cfg.engine.tokens_per_micro_batch
     sums = accumulate(
         engine,
         job.comparisons,
         prompts,
-        limit,
+        layout(engine, job),
         lambda batch: engine(*batch.score_arguments()),
         lambda scores, ranked: ranking_loss(scores[ranked.rows], ranked.ranks),
     )
@@ -141,8 +141,13 @@ def score(
     engine: TrainEngine, job: RMJob, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Scores of all sequences, on every rank. A collective."""
-    limit = job.cfg.engine.tokens_per_micro_batch
-    return of_all_sequences(engine.ranks, prompts, responses, limit, lambda batch: engine(*batch.score_arguments()))
+    return of_all_sequences(
+        engine.ranks, prompts, responses, layout(engine, job), lambda batch: engine(*batch.score_arguments())
+    )
+
+
+def layout(engine: TrainEngine, job: RMJob) -> Layout:
+    return Layout.of(job.cfg, job.model, engine.module.body)
 
 
 def evaluate(engine: TrainEngine, job: RMJob) -> RMEvaluation:

@@ -59,6 +59,8 @@ class RMConfig:
     batch_size: int = count(64)  # prompts (not pairs) of a step over all workers
     layers: int = not_negative(0)  # first layers of the policy's body that reward model and critic keep; 0: all
     # (InstructGPT's 6B reward model served policies of every size)
+    share_prompts: bool = True  # responses to one prompt stand behind it in one row of up to model.context tokens, so
+    # that it is computed once; equal up to rounding. Models with a sliding window or a state do without
     ranking: RankingConfig = field(default_factory=RankingConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, schedule="cosine"))
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -74,6 +76,8 @@ class DPOConfig:
     label_smoothing: float = 0.0  # dpo: share of pairs taken to be ranked the wrong way round
     epochs: int = count(1)
     batch_size: int = count(64)  # prompts (not pairs) of a step over all workers
+    share_prompts: bool = True  # responses to one prompt stand behind it in one row of up to model.context tokens, so
+    # that it is computed once; equal up to rounding. Models with a sliding window or a state do without
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=1e-6, betas=(0.9, 0.999), warmup_steps=10)
     )  # Rafailov et al. 2023, B: 1e-6, linear warm-up

@@ -9,6 +9,9 @@ transformers then keeps the sequences of a row apart where positions restart (it
 causality alone keeps the filling, which is always to the right, out of every token that is read. Without packing no
 mask has to be built at all, so sdpa may take its fastest kernels. A mask made from a pad id would hide EOS where the
 two are equal.
+
+Sharing is the exception: responses to one prompt stand behind it in one row, so that the prompt is computed once, each
+with positions that go on from the prompt's; `segment_ids` say what may see what, and `forward` makes the mask of them.
 """
 
 from __future__ import annotations
@@ -39,9 +42,10 @@ class PackedBatch:
 
     input_ids: Tensor  # i64 [B, T]
     position_ids: Tensor  # i64 [B, T]
+    segment_ids: Tensor | None  # i64 [B, T]: 0 in a prompt, k in the k-th response to it; None: no prompt is shared
     sequences: np.ndarray  # i64 [S]: index in the caller's lists, NOBODY in a dummy
-    starts: np.ndarray  # i64 [S]: flat position (row * T + column) of the first token
-    prompt_lengths: np.ndarray  # i64 [S]: P
+    prompt_ends: np.ndarray  # i64 [S]: flat position (row * T + column) of the prompt's last token
+    response_starts: np.ndarray  # i64 [S]: flat position of the response's first token
     response_lengths: np.ndarray  # i64 [S]: R
 
     @property
@@ -49,28 +53,33 @@ class PackedBatch:
         return self.input_ids.numel()
 
     def response_positions(self) -> Tensor:
-        """Flat positions P-1 .. P+R-2 of each sequence, i64 [N]: their hidden states predict the response tokens."""
-        return self._flat(self.starts + self.prompt_lengths - 1)
+        """The flat position of what stands before each response token, i64 [N]: its hidden state predicts the token."""
+        positions = self._within_responses() - 1
+        positions[np.cumsum(self.response_lengths) - self.response_lengths] = self.prompt_ends
+        return self._index(positions)
 
     def response_targets(self) -> Tensor:
         """The response tokens themselves, i64 [N]."""
-        return self.input_ids.reshape(-1)[self._flat(self.starts + self.prompt_lengths)]
+        return self.input_ids.reshape(-1)[self._index(self._within_responses())]
 
     def last_positions(self) -> Tensor:
-        """Flat position P+R-1 of each sequence, i64 [S]: its true last token."""
-        return self._index(self.starts + self.prompt_lengths + self.response_lengths - 1)
+        """Flat position of each sequence's true last token, i64 [S]."""
+        return self._index(self.response_starts + self.response_lengths - 1)
 
-    def policy_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def policy_arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """What `PolicyModule.forward` takes before the temperature."""
-        return self.input_ids, self.position_ids, self.response_positions(), self.response_targets()
+        return *self._body_arguments(), self.response_positions(), self.response_targets()
 
-    def value_arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+    def value_arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """What `ScalarHeadModel.forward` takes to give the value before each response token, [N]."""
-        return self.input_ids, self.position_ids, self.response_positions()
+        return *self._body_arguments(), self.response_positions()
 
-    def score_arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+    def score_arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """What `ScalarHeadModel.forward` takes to give the score of each sequence, [S]."""
-        return self.input_ids, self.position_ids, self.last_positions()
+        return *self._body_arguments(), self.last_positions()
+
+    def _body_arguments(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.input_ids, self.position_ids, self.segment_ids
 
     def select(self, ragged: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The caller's per-token arrays, one per sequence of this batch; zeros for a dummy's."""
@@ -83,11 +92,16 @@ class PackedBatch:
         return np.split(values, np.cumsum(self.response_lengths)[:-1])
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return replace(self, input_ids=self.input_ids.to(device), position_ids=self.position_ids.to(device))
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            segment_ids=None if self.segment_ids is None else self.segment_ids.to(device),
+        )
 
-    def _flat(self, first: np.ndarray) -> Tensor:
-        spans = [np.arange(start, start + length) for start, length in zip(first, self.response_lengths, strict=True)]
-        return self._index(np.concatenate(spans))
+    def _within_responses(self) -> np.ndarray:
+        spans = zip(self.response_starts, self.response_lengths, strict=True)
+        return np.concatenate([np.arange(start, start + length) for start, length in spans])
 
     def _index(self, positions: np.ndarray) -> Tensor:
         return torch.from_numpy(positions.astype(np.int64)).to(self.input_ids.device)
@@ -118,22 +132,46 @@ def pack(lengths: Sequence[int], context: int) -> list[list[int]]:
     return rows
 
 
-def micro_batches(prompts: Ids, responses: Ids, rows: Rows, tokens_per_micro_batch: int) -> list[PackedBatch]:
+def share(prompts: Ids, responses: Ids, context: int) -> list[list[int]]:
+    """The plan of rows in which sequences of the same prompt share it: as many as a row of `context` tokens holds, or
+    one that is longer alone."""
+    rows: list[list[int]] = []
+    widths: list[int] = []
+    last: dict[bytes, int] = {}  # the row that a prompt's next response may join
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        row = last.get(prompt.tobytes())
+        if row is None or widths[row] + len(response) > context:
+            row = last[prompt.tobytes()] = len(rows)
+            rows.append([])
+            widths.append(len(prompt))
+        rows[row].append(index)
+        widths[row] += len(response)
+    return rows
+
+
+def micro_batches(
+    prompts: Ids, responses: Ids, rows: Rows, tokens_per_micro_batch: int, shared: bool = False
+) -> list[PackedBatch]:
     """Rows, longest first, in batches of at most `tokens_per_micro_batch` padded tokens (rows x the longest of them).
 
-    A row that is longer than the limit gets a batch of its own. Raises ModelError for a sequence without a prompt: the
-    hidden state before its first token would be another sequence's.
+    A row that is longer than the limit gets a batch of its own. `shared`: all sequences of a row have its first one's
+    prompt, which stands there once. Raises ModelError for a sequence without a prompt: the hidden state before its
+    first token would be another sequence's.
     """
     for index in (s for row in rows for s in row):
         if not len(prompts[index]):
             raise ModelError(f"sequence {index} has an empty prompt; give it at least one token")
-    lengths = [sum(len(prompts[s]) + len(responses[s]) for s in row) for row in rows]
+    with_prompt = [row[:1] if shared else row for row in rows]
+    lengths = [
+        sum(len(prompts[s]) for s in own) + sum(len(responses[s]) for s in row)
+        for own, row in zip(with_prompt, rows, strict=True)
+    ]
     order = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))
     batches, start = [], 0
     while start < len(order):
         width = lengths[order[start]]
         stop = start + max(1, tokens_per_micro_batch // width)
-        batches.append(_batch(prompts, responses, [rows[row] for row in order[start:stop]], width))
+        batches.append(_batch(prompts, responses, [rows[row] for row in order[start:stop]], width, shared))
         start = stop
     return batches
 
@@ -183,20 +221,34 @@ def from_response_frame(frame: Tensor, lengths: Sequence[int] | np.ndarray) -> l
     return [row[:length].copy() for row, length in zip(values, lengths, strict=True)]
 
 
-def _batch(prompts: Ids, responses: Ids, rows: Rows, width: int) -> PackedBatch:
+def _batch(prompts: Ids, responses: Ids, rows: Rows, width: int, shared: bool = False) -> PackedBatch:
     sequences = np.array([s for row in rows for s in row], np.int64)
-    prompt_lengths = np.array([len(prompts[s]) for s in sequences], np.int64)
     response_lengths = np.array([len(responses[s]) for s in sequences], np.int64)
     input_ids = np.full((len(rows), width), FILL, np.int64)
-    position_ids = np.zeros((len(rows), width), np.int64)
-    starts = []
+    position_ids, segment_ids = (np.zeros((len(rows), width), np.int64) for _ in range(2))
+    prompt_ends, response_starts = [], []
     for number, row in enumerate(rows):
         column = 0
-        for s in row:
-            tokens = np.concatenate([prompts[s], responses[s]])
-            starts.append(number * width + column)
-            input_ids[number, column : column + len(tokens)] = tokens
-            position_ids[number, column:] = np.arange(width - column)
-            column += len(tokens)
-    ids, positions = torch.from_numpy(input_ids), torch.from_numpy(position_ids)
-    return PackedBatch(ids, positions, sequences, np.array(starts, np.int64), prompt_lengths, response_lengths)
+        for place, s in enumerate(row):
+            prompt, response = prompts[s], responses[s]
+            if place == 0 or not shared:
+                input_ids[number, column : column + len(prompt)] = prompt
+                position_ids[number, column:] = np.arange(width - column)
+                column += len(prompt)
+                prompt_ends.append(number * width + column - 1)
+            else:
+                position_ids[number, column:] = np.arange(len(prompt), len(prompt) + width - column)
+                prompt_ends.append(prompt_ends[-1])
+            response_starts.append(number * width + column)
+            input_ids[number, column : column + len(response)] = response
+            segment_ids[number, column:] = place + 1
+            column += len(response)
+    return PackedBatch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(segment_ids) if shared and len(sequences) > len(rows) else None,
+        sequences,
+        np.array(prompt_ends, np.int64),
+        np.array(response_starts, np.int64),
+        response_lengths,
+    )

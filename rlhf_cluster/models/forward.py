@@ -18,14 +18,36 @@ from transformers import PreTrainedModel
 LogprobFunction = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None = None
+) -> Tensor:
     """The body alone, final norm included: [B, T] -> [B*T, H]. Takes a causal LM or a body.
 
-    No attention mask and no cache: see `batching` for how transformers then reads `position_ids`.
+    No cache, and no attention mask unless a prompt is shared: see `batching` for how transformers then reads
+    `position_ids`.
     """
     body = model.base_model
-    output = body(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    mask = None if segment_ids is None else shared_prompt_mask(segment_ids, model.dtype)
+    output = body(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)
+
+
+def shared_prompt_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention's logits, [B, 1, T, T]: 0 where token q sees token k, the lowest number elsewhere.
+
+    It sees what stands before it in its own response and in the prompt, segment 0.
+    """
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    seen = ((key == query) | (key == 0)).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def attends_to_all(model: PreTrainedModel) -> bool:
+    """Whether every layer lets a token see all before it, so that `shared_prompt_mask` says all that there is: no
+    sliding window, no recurrent state."""
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
+    return kinds == {"full_attention"} and not windowed and not model._is_stateful
 
 
 def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
@@ -76,10 +98,16 @@ class PolicyModule(nn.Module):
         self.head = LogprobHead(*lm_head(model), logprob_fn, chunk)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, positions: Tensor, targets: Tensor, temperature: float
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor | None,
+        positions: Tensor,
+        targets: Tensor,
+        temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """`PackedBatch.policy_arguments()` and the sampling temperature -> (logprobs f32 [N], entropies f32 [N])."""
-        hidden = hidden_states(self.model, input_ids, position_ids)
+        hidden = hidden_states(self.model, input_ids, position_ids, segment_ids)
         return self.head(hidden[positions], targets, temperature)
 
     @staticmethod

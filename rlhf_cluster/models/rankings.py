@@ -7,15 +7,18 @@ What a sequence is given - a score, a log-probability - and what is made of a ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from rlhf_cluster.algo.losses import RankingLoss
+from rlhf_cluster.config import DPOConfig, ModelConfig, RMConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
-from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
+from rlhf_cluster.models.batching import NOBODY, PackedBatch, filled_up, micro_batches, share, singles
+from rlhf_cluster.models.forward import attends_to_all
 from rlhf_cluster.models.load import compute_device
 from rlhf_cluster.records import Comparisons
 
@@ -29,6 +32,28 @@ class RankedRows:
     ranks: torch.Tensor  # i64 [K], 1 the best
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How sequences become micro-batches."""
+
+    tokens_per_micro_batch: int  # padded
+    shared_row: int  # tokens of a row in which responses to one prompt share it; 0: each stands alone
+
+    @classmethod
+    def of(cls, cfg: RMConfig | DPOConfig, model: ModelConfig, network: PreTrainedModel) -> Layout:
+        """A prompt is shared where that is configured and `network` can be told what a response may see."""
+        shares = cfg.share_prompts and attends_to_all(network)
+        return cls(cfg.engine.tokens_per_micro_batch, model.context if shares else 0)
+
+    def rows(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> list[list[int]]:
+        return share(prompts, responses, self.shared_row) if self.shared_row else singles(len(prompts))
+
+    def batches(
+        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], rows: Sequence[Sequence[int]]
+    ) -> list[PackedBatch]:
+        return micro_batches(prompts, responses, rows, self.tokens_per_micro_batch, shared=bool(self.shared_row))
+
+
 def prompt_batches(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
     """The prompts of each optimizer step, reshuffled in every epoch, the same on all ranks."""
     for epoch in range(epochs):
@@ -40,13 +65,13 @@ def accumulate(
     engine: TrainEngine,
     comparisons: Comparisons,
     prompts: np.ndarray,
-    tokens_per_micro_batch: int,
+    layout: Layout,
     of_sequences: Callable[[PackedBatch], torch.Tensor],  # [S], with gradient
     loss_of: Callable[[torch.Tensor, RankedRows], RankingLoss],
 ) -> list[float]:
     """The gradient of the mean loss over `prompts`; `tally` of their losses, summed over all ranks. A collective."""
     ranks, device = engine.ranks, compute_device()
-    own = list(whole_prompts(comparisons, prompts[ranks.rank :: ranks.world], tokens_per_micro_batch, device))
+    own = list(whole_prompts(comparisons, prompts[ranks.rank :: ranks.world], layout, device))
     sums = torch.zeros(4, dtype=torch.float64)
     for index, batch in enumerate(filled_up([batch for batch, _ in own], int(ranks.max(len(own))))):
         found = of_sequences(batch.to(device))
@@ -75,51 +100,67 @@ def of_all_sequences(
     ranks: Ranks,
     prompts: Sequence[np.ndarray],
     responses: Sequence[np.ndarray],
-    tokens_per_micro_batch: int,
+    layout: Layout,
     of_sequences: Callable[[PackedBatch], torch.Tensor],
 ) -> np.ndarray:
-    """A number for each sequence, f64 [n], on every rank: each computes a share. A collective."""
-    mine = range(ranks.rank, len(prompts), ranks.world)
-    own = micro_batches(
-        [prompts[i] for i in mine], [responses[i] for i in mine], singles(len(mine)), tokens_per_micro_batch
-    )
+    """A number for each sequence, f64 [n], on every rank: each computes those of a share of the rows. A collective."""
+    rows = layout.rows(prompts, responses)
+    own = layout.batches(prompts, responses, rows[ranks.rank :: ranks.world])
     batches = filled_up(own, int(ranks.max(len(own))))
-    parts = [list(of_sequences(batch.to(compute_device())).float().cpu().numpy()) for batch in batches]
     found = np.zeros(len(prompts))
-    for rank, share in enumerate(ranks.gather(in_order(batches, parts, len(mine)))):
-        found[rank :: ranks.world] = share
-    return found
+    for batch in batches:
+        mine = batch.sequences != NOBODY
+        found[batch.sequences[mine]] = of_sequences(batch.to(compute_device())).double().cpu().numpy()[mine]
+    return ranks.sum(torch.from_numpy(found)).numpy()
 
 
 def whole_prompts(
-    comparisons: Comparisons, prompts: Sequence[int] | np.ndarray, tokens_per_micro_batch: int, device: str
+    comparisons: Comparisons, prompts: Sequence[int] | np.ndarray, layout: Layout, device: str
 ) -> Iterator[tuple[PackedBatch, list[RankedRows]]]:
     """Micro-batches of `prompts` that never part a prompt's responses, of at most so many padded tokens, where one
     prompt alone has not more."""
-    all_prompts, all_responses = comparisons.prompt_ids, comparisons.responses
-    widths = {int(i): len(all_prompts[i]) + max(map(len, all_responses[i])) for i in prompts}
-    pending: list[int] = []
-    rows = widest = 0
-    for prompt in sorted(widths, key=lambda prompt: -widths[prompt]):
-        responses = len(all_responses[prompt])
-        if pending and (rows + responses) * widest > tokens_per_micro_batch:
-            yield _batch(comparisons, pending, device)
-            pending, rows = [], 0
-        widest = widths[prompt] if not pending else widest
-        pending.append(prompt)
-        rows += responses
+    laid = [Laid.out(comparisons, int(i), layout) for i in prompts]
+    pending: list[Laid] = []
+    for one in sorted(laid, key=lambda one: -one.width):
+        rows = sum(len(own.rows) for own in [*pending, one])
+        if pending and rows * pending[0].width > layout.tokens_per_micro_batch:
+            yield _batch(comparisons, pending, layout, device)
+            pending = []
+        pending.append(one)
     if pending:
-        yield _batch(comparisons, pending, device)
+        yield _batch(comparisons, pending, layout, device)
 
 
-def _batch(comparisons: Comparisons, prompts: Sequence[int], device: str) -> tuple[PackedBatch, list[RankedRows]]:
-    ranked = [comparisons.responses[i] for i in prompts]
-    repeated = [comparisons.prompt_ids[i] for i, responses in zip(prompts, ranked, strict=True) for _ in responses]
-    responses = [response for own in ranked for response in own]
-    (batch,) = micro_batches(repeated, responses, singles(len(responses)), 1 << 60)
-    place = np.argsort(batch.sequences)  # where a sequence stands in the batch, which is sorted by length
-    rows = np.split(place, np.cumsum([len(own) for own in ranked])[:-1])
+@dataclass(frozen=True)
+class Laid:
+    """A prompt's responses in rows."""
+
+    prompt: int
+    rows: list[list[int]]  # of its responses, counted from 0
+    width: int  # tokens of the longest row
+
+    @classmethod
+    def out(cls, comparisons: Comparisons, prompt: int, layout: Layout) -> Laid:
+        own, responses = comparisons.prompt_ids[prompt], comparisons.responses[prompt]
+        rows = layout.rows([own] * len(responses), responses)
+        return cls(prompt, rows, len(own) + max(sum(len(responses[k]) for k in row) for row in rows))
+
+
+def _batch(
+    comparisons: Comparisons, laid: Sequence[Laid], layout: Layout, device: str
+) -> tuple[PackedBatch, list[RankedRows]]:
+    responses = [response for one in laid for response in comparisons.responses[one.prompt]]
+    sizes = [len(comparisons.responses[one.prompt]) for one in laid]
+    repeated = [comparisons.prompt_ids[one.prompt] for one, size in zip(laid, sizes, strict=True) for _ in range(size)]
+    firsts = np.cumsum(sizes) - sizes
+    rows = [[first + k for k in row] for first, one in zip(firsts, laid, strict=True) for row in one.rows]
+    (batch,) = replace(layout, tokens_per_micro_batch=1 << 60).batches(repeated, responses, rows)
+    places = np.split(np.argsort(batch.sequences), firsts[1:])  # where a response stands in the batch
     return batch.to(device), [
-        RankedRows(i, torch.from_numpy(own).to(device), torch.tensor(comparisons.ranks[i].tolist(), device=device))
-        for i, own in zip(prompts, rows, strict=True)
+        RankedRows(
+            one.prompt,
+            torch.from_numpy(own).to(device),
+            torch.tensor(comparisons.ranks[one.prompt].tolist(), device=device),
+        )
+        for one, own in zip(laid, places, strict=True)
     ]

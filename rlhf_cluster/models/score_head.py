@@ -44,13 +44,13 @@ class ScalarHeadModel(nn.Module):
     def config(self) -> PreTrainedConfig:
         return self.body.config
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor | None, positions: Tensor) -> Tensor:
         """The scalar at flat `positions` [N], f32 [N].
 
         `PackedBatch.value_arguments()` gives the value before each response token, `score_arguments()` the score of
         each sequence, read at its true last token.
         """
-        return self.score(hidden_states(self.body, input_ids, position_ids)[positions])
+        return self.score(hidden_states(self.body, input_ids, position_ids, segment_ids)[positions])
 
     @classmethod
     def from_policy(

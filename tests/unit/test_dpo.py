@@ -69,10 +69,12 @@ def test_the_reference_is_the_policy_as_it_starts(tiny: Path, one_rank: Ranks, t
         assert own.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("limit", [1, 60, 1 << 20])
-def test_the_gradient_is_that_of_the_pairs_written_out(tiny: Path, one_rank: Ranks, tmp_path: Path, limit: int) -> None:
+@pytest.mark.parametrize(("limit", "share_prompts"), [(1, True), (60, True), (60, False), (1 << 20, True)])
+def test_the_gradient_is_that_of_the_pairs_written_out(
+    tiny: Path, one_rank: Ranks, tmp_path: Path, limit: int, share_prompts: bool
+) -> None:
     """At the start all log-ratios are 0; after a step they are not. Both by plain torch, pair by pair."""
-    work = job(tiny, tmp_path, limit)
+    work = job(tiny, tmp_path, limit, share_prompts=share_prompts)
     trained = engine(tiny, work, one_rank)
     reference = refer(trained, work)
     prompts = np.array([3, 0, 7])

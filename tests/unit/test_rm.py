@@ -15,7 +15,7 @@ from rlhf_cluster.config import EngineConfig, ModelConfig, OptimizerConfig, RMCo
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.models.batching import micro_batches, singles
-from rlhf_cluster.models.rankings import whole_prompts
+from rlhf_cluster.models.rankings import Layout, whole_prompts
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.records import Comparisons, Demonstrations
 from rlhf_cluster.rm import RMJob, evaluate, gradient, pair_margins, read_evaluation, summarize, train
@@ -49,8 +49,9 @@ DEMONSTRATIONS = Demonstrations.of(
 )
 
 
-def job(directory: Path, output: Path, **changed: Any) -> RMJob:
-    cfg = RMConfig(batch_size=3, optimizer=OptimizerConfig(lr=1e-3), engine=EngineConfig(tokens_per_micro_batch=60))
+def job(directory: Path, output: Path, share_prompts: bool = True, **changed: Any) -> RMJob:
+    engine = EngineConfig(tokens_per_micro_batch=60)
+    cfg = RMConfig(batch_size=3, share_prompts=share_prompts, optimizer=OptimizerConfig(lr=1e-3), engine=engine)
     model = ModelConfig(source="tiny", dtype="float32", attention="eager")
     fields = {"comparisons": comparisons(7), "heldout": comparisons(4, 1), "demonstrations": DEMONSTRATIONS, **changed}
     return RMJob(cfg, model, seed=0, policy_path=directory, output=output, **fields)
@@ -102,16 +103,18 @@ def test_summary_of_nothing_is_not_a_number() -> None:
     assert math.isnan(summarize([], []).accuracy) and summarize([], []).pairs == 0
 
 
+@pytest.mark.parametrize("context", [0, 20, 512])
 @pytest.mark.parametrize("limit", [1, 60, 100, 1000, 1 << 20])
-def test_whole_prompts_part_no_prompt_and_keep_the_limit(limit: int) -> None:
+def test_whole_prompts_part_no_prompt_and_keep_the_limit(limit: int, context: int) -> None:
     shown = comparisons(12)
     asked = [9, 2, 4, 0, 11, 7]
     seen: list[tuple[list[list[int]], list[int]]] = []
-    for batch, ranked in whole_prompts(shown, asked, limit, "cpu"):
+    for batch, ranked in whole_prompts(shown, asked, Layout(limit, context), "cpu"):
         assert batch.padded_tokens <= limit or len(ranked) == 1
-        ends = batch.last_positions().tolist()
-        rows = batch.input_ids.flatten().tolist()
-        sequences = [rows[start : end + 1] for start, end in zip(batch.starts.tolist(), ends, strict=True)]
+        prompts = [shown.prompt_ids[own.prompt] for own in ranked for _ in own.ranks]
+        places = np.argsort(np.concatenate([own.rows for own in ranked]))
+        read = zip((prompts[i] for i in places), batch.split(batch.response_targets()), strict=True)
+        sequences = [[*prompt.tolist(), *map(int, response)] for prompt, response in read]
         seen += [([sequences[place] for place in own.rows.tolist()], own.ranks.tolist()) for own in ranked]
         assert all(shown.ranks[own.prompt].tolist() == own.ranks.tolist() for own in ranked)
     expected = [
@@ -134,8 +137,9 @@ def plain_loss(model: ScalarHeadModel, shown: Comparisons, prompts: list[int]) -
     return torch.stack(losses).mean()
 
 
-def test_gradient_is_that_of_the_equation(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
-    work = job(tiny, tmp_path)
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_gradient_is_that_of_the_equation(tiny: Path, one_rank: Ranks, tmp_path: Path, share_prompts: bool) -> None:
+    work = job(tiny, tmp_path, share_prompts)
     model, plain = (ScalarHeadModel.from_policy(tiny, torch.float32, "eager", seed=0) for _ in range(2))
     engine = TrainEngine(model, EngineConfig(), OptimizerConfig(), torch.float32, one_rank)
     found = gradient(engine, work, np.array([5, 0, 3, 6]))

@@ -16,6 +16,7 @@ from rlhf_cluster.models.batching import (
     micro_batches,
     pack,
     response_mask,
+    share,
     singles,
     to_response_frame,
 )
@@ -48,6 +49,33 @@ def test_packed_row_shorter_than_its_neighbour_counts_on() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
     assert batch.sequences.tolist() == [0, 3, 1]
     assert batch.last_positions().tolist() == [4, 6, 8]
+
+
+def test_shared_prompt_by_hand() -> None:
+    """Two responses to the prompt 5 6, then another prompt in a row of its own."""
+    prompts, responses = [PROMPTS[0], PROMPTS[1], PROMPTS[0]], [*RESPONSES, np.array([12, 13], np.int32)]
+    (batch,) = micro_batches(prompts, responses, [[0, 2], [1]], 100, shared=True)
+    assert batch.input_ids.tolist() == [[5, 6, 8, 9, 10, 12, 13], [7, 11, 0, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3], [0, 1, 2, 3, 4, 5, 6]]
+    assert batch.segment_ids is not None
+    assert batch.segment_ids.tolist() == [[0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]]
+    assert batch.sequences.tolist() == [0, 2, 1]
+    assert batch.response_positions().tolist() == [1, 2, 3, 1, 5, 7]  # 12 is predicted where the prompt ends, as 8 is
+    assert batch.response_targets().tolist() == [8, 9, 10, 12, 13, 11]
+    assert batch.last_positions().tolist() == [4, 6, 8]
+
+
+def test_a_batch_in_which_nothing_is_shared_asks_for_no_mask() -> None:
+    (batch,) = micro_batches(PROMPTS, RESPONSES, singles(2), 100, shared=True)
+    assert batch.segment_ids is None
+
+
+def test_share_by_hand() -> None:
+    prompts = [np.array([1, 2]), np.array([3]), np.array([1, 2]), np.array([1, 2]), np.array([3])]
+    responses = [np.ones(length) for length in (4, 2, 3, 2, 20)]
+    assert share(prompts, responses, 11) == [[0, 2, 3], [1], [4]]  # 2+4+3+2 = 11; 20 do not fit beside 1+2
+    assert share(prompts, responses, 10) == [[0, 2], [1], [3], [4]]
+    assert share(prompts, responses, 1) == singles(5)
 
 
 @pytest.mark.parametrize("limit", [1, 20, 37, 1000])
@@ -147,8 +175,8 @@ def test_whatever_the_lengths_every_token_is_read_once_at_its_own_place(
         flat, positions = batch.input_ids.reshape(-1), batch.position_ids.reshape(-1)
         assert flat[batch.last_positions()].tolist() == [int(responses[s][-1]) for s in batch.sequences]
         before = flat[batch.response_positions()].split(batch.response_lengths.tolist())
-        for s, start, seen in zip(batch.sequences, batch.starts, before, strict=True):
-            own = np.concatenate([prompts[s], responses[s]])
+        for s, end, seen in zip(batch.sequences, batch.prompt_ends, before, strict=True):
+            own, start = np.concatenate([prompts[s], responses[s]]), end + 1 - len(prompts[s])
             assert flat[start : start + len(own)].tolist() == own.tolist()
             assert positions[start : start + len(own)].tolist() == list(range(len(own)))
             assert seen.tolist() == own[len(prompts[s]) - 1 : -1].tolist()  # what predicts each response token
@@ -156,3 +184,30 @@ def test_whatever_the_lengths_every_token_is_read_once_at_its_own_place(
     parts = [batch.split(batch.response_targets()) for batch in everyone]
     found = in_order(everyone, parts, len(lengths))
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(found, responses, strict=True))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12), st.integers(4, 60))
+def test_shared_rows_have_every_response_behind_its_own_prompt(asked: list[tuple[int, int]], context: int) -> None:
+    """`asked`: which of four prompts, of 1 to 4 tokens, and how long a response."""
+    prompts = [-np.arange(1, which + 2) - 10 * which for which, _ in asked]
+    ids = iter(range(1, 1000))
+    responses = [np.array(list(itertools.islice(ids, length))) for _, length in asked]
+    rows = share(prompts, responses, context)
+    assert sorted(itertools.chain.from_iterable(rows)) == list(range(len(asked)))
+    for batch in micro_batches(prompts, responses, rows, 60, shared=True):
+        flat, positions = batch.input_ids.reshape(-1), batch.position_ids.reshape(-1)
+        before = flat[batch.response_positions()].split(batch.response_lengths.tolist())
+        targets = batch.split(batch.response_targets())
+        for s, end, start, seen, own in zip(
+            batch.sequences, batch.prompt_ends, batch.response_starts, before, targets, strict=True
+        ):
+            prompt, response = prompts[s], responses[s]
+            assert flat[end + 1 - len(prompt) : end + 1].tolist() == prompt.tolist()
+            assert positions[end + 1 - len(prompt) : end + 1].tolist() == list(range(len(prompt)))
+            assert own.tolist() == response.tolist() == flat[start : start + len(response)].tolist()
+            there = positions[start : start + len(response)].tolist()
+            assert there == list(range(len(prompt), len(prompt) + len(response)))
+            assert seen.tolist() == [prompt[-1], *response[:-1]]
+        assert batch.input_ids.shape[1] <= max(
+            context, *(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+        )

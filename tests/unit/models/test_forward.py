@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 
-from rlhf_cluster.models.batching import PackedBatch, dummy_batch, in_order, micro_batches, pack, singles
-from rlhf_cluster.models.forward import PolicyModule, hidden_states, lm_head
+from rlhf_cluster.models.batching import PackedBatch, dummy_batch, in_order, micro_batches, pack, share, singles
+from rlhf_cluster.models.forward import PolicyModule, attends_to_all, hidden_states, lm_head, shared_prompt_mask
 from rlhf_cluster.models.load import load_policy
 
 TOLERANCE = 1e-5
@@ -64,6 +64,48 @@ def test_packing_equals_separate_forwards(
     batches = micro_batches(*ragged, rows, 2 * context)
     found = response_logprobs(PolicyModule(policy, logprob_fn), batches, 7)
     assert largest_difference(found, alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("context", [20, 60])
+def test_sharing_a_prompt_equals_separate_forwards(
+    policy: PreTrainedModel, ragged: tuple, logprob_fn: Callable, context: int
+) -> None:
+    """Logprobs, and the gradient of a sum that weighs every token differently."""
+    prompts, responses = [ragged[0][i] for i in (0, 1, 0, 3, 0, 1, 0)], ragged[1]
+    module, rows = PolicyModule(policy, logprob_fn), share(prompts, responses, context)
+    assert len(rows) < 6
+    outcomes = []
+    for plan, shared in ((singles(7), False), (rows, True)):
+        policy.zero_grad()
+        batches = micro_batches(prompts, responses, plan, 1000, shared)
+        weights = np.cumsum([0, *map(len, responses)])
+        for batch in batches:
+            own = np.concatenate([np.arange(weights[s], weights[s + 1]) for s in batch.sequences])
+            (module(*batch.policy_arguments(), 0.7)[0] * torch.from_numpy(np.sin(own))).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        outcomes.append((response_logprobs(module, batches, 7), gradient))
+    (alone, expected), (together, gradient) = outcomes
+    assert largest_difference(together, alone) < TOLERANCE
+    assert float((gradient - expected).norm() / expected.norm()) < TOLERANCE
+
+
+def test_a_response_sees_its_prompt_and_itself_by_hand() -> None:
+    """A prompt of one token, a response of two and one of one."""
+    mask = shared_prompt_mask(torch.tensor([[0, 1, 1, 2]]), torch.float32)
+    assert (mask == 0).int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]]
+    assert mask.min() == torch.finfo(torch.float32).min
+
+
+def test_models_that_do_not_see_all_share_no_prompt(policy: PreTrainedModel) -> None:
+    assert attends_to_all(policy)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    windowed = Qwen2Config(vocab_size=9, use_sliding_window=True, sliding_window=4, max_window_layers=1, **shape)
+    everywhere = MistralConfig(vocab_size=9, sliding_window=4, num_key_value_heads=2, **shape)
+    recurrent = MambaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, state_size=2)
+    for config in (windowed, everywhere, recurrent):
+        assert not attends_to_all(AutoModelForCausalLM.from_config(config))
+    whole = MistralConfig(vocab_size=9, sliding_window=None, num_key_value_heads=2, **shape)
+    assert attends_to_all(AutoModelForCausalLM.from_config(whole))
 
 
 def test_what_follows_a_row_is_never_read(policy: PreTrainedModel, ragged: tuple, logprob_fn: Callable) -> None:
