@@ -6,8 +6,8 @@ prompts -> generation -> scoring || reference -> learner: add ... update -> publ
            per rollout, as each one ends
 
 One loop for every degree of asynchrony: `max_staleness + 1` batches are open at once, and with 0 each batch is sampled
-from the policy that it then updates. A batch's members are fixed when it opens, so arrival order changes nothing then;
-beyond 0 the time of its arrival decides which of the versions in between evaluates a row.
+from the policy that it then updates. A batch's members are fixed when it opens, and the learner evaluates them by the
+very policy that they will update, so arrival order changes nothing but which versions the tokens were sampled from.
 """
 
 from __future__ import annotations

@@ -81,6 +81,11 @@ def _validate_advantage(cfg: RunConfig) -> None:
         ppo.critic_warmup < ppo.steps,
         f"ppo.critic_warmup={ppo.critic_warmup} leaves none of ppo.steps={ppo.steps} to the policy; lower it",
     )
+    off_policy = ppo.off_policy
+    require(
+        off_policy.low < off_policy.high,
+        f"ppo.off_policy.low={off_policy.low:g}, high={off_policy.high:g}: low must be below high",
+    )
     require(
         ppo.result == "policy" or ppo.ema_decay > 0,
         f"ppo.result={ppo.result}, but ppo.ema_decay={ppo.ema_decay} keeps no average; use a decay as 0.992",

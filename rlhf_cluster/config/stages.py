@@ -129,6 +129,21 @@ class PTXConfig:
 
 
 @dataclass
+class OffPolicyConfig:
+    """What tokens count for in the policy's loss that another policy sampled than the one that the update starts from:
+    by older weights, or with the sampler's own rounding. Ratios are those of the learner's probability to the
+    sampler's."""
+
+    weights: str = one_of("auto", "none", "token", "response", default="auto")  # each token's loss is multiplied by
+    # its ratio, or by that of its whole response; auto: token where ppo.max_staleness is above 0, else none
+    cap: float = positive(2.0)  # of a weight
+    mask: str = one_of("none", "token", "response", "response_mean", default="none")  # what is left out whose ratio is
+    # beyond the bounds: tokens; responses by their product of ratios, or by the geometric mean of them
+    low: float = not_negative(0.5)  # bounds of `mask`; IcePop's, for tokens
+    high: float = positive(5.0)
+
+
+@dataclass
 class RailConfig:
     """A limit and what is done beyond it."""
 
@@ -211,5 +226,13 @@ class PPOConfig:
     keep_checkpoints: int = not_negative(0)  # newest checkpoints that stay; 0: all
     kl: KLConfig = field(default_factory=KLConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     ptx: PTXConfig = field(default_factory=PTXConfig)
     guardrails: GuardrailsConfig = field(default_factory=GuardrailsConfig)
+
+    @property
+    def off_policy_weights(self) -> str:
+        """`off_policy.weights`, resolved."""
+        if self.off_policy.weights != "auto":
+            return self.off_policy.weights
+        return "token" if self.max_staleness else "none"

@@ -18,6 +18,7 @@ from rlhf_cluster.algo.rewards import kl_shaped_rewards, overlong_penalty, shape
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.estimators import Rewarded, make_estimator
+from rlhf_cluster.learner.weighing import make_weigher
 from rlhf_cluster.models.batching import from_response_frame, response_mask, to_response_frame
 from rlhf_cluster.records import Controls
 
@@ -49,6 +50,7 @@ class Experience:
     non_score_rewards: list[np.ndarray]  # the KL penalty alone
     advantages: list[np.ndarray]
     returns: list[np.ndarray]
+    weights: list[np.ndarray]  # what the policy's loss of each token is multiplied by
     index: Mapping[str, int]  # row of a sample id
 
 
@@ -60,6 +62,7 @@ def make_experience(
     lengths = [len(row.response_ids) for row in rows]
     mask = response_mask(lengths)
     old_logprobs = to_response_frame([row.old_logprobs for row in rows])
+    sampled = to_response_frame([row.rollout_logprobs for row in rows])
     shaped = _shaped_scores(rows, cfg, controls, max_response_tokens)
     kl = ESTIMATORS[cfg.kl.estimator](old_logprobs, to_response_frame([row.ref_logprobs for row in rows]))
     rewards, non_score_rewards = kl_shaped_rewards(shaped, kl, mask, controls.kl_coef)
@@ -77,6 +80,7 @@ def make_experience(
         from_response_frame(non_score_rewards, lengths),
         from_response_frame(advantages, lengths),
         from_response_frame(estimate.returns, lengths),
+        from_response_frame(make_weigher(cfg)(old_logprobs - sampled, mask), lengths),
         {row.sample_id: i for i, row in enumerate(rows)},
     )
 

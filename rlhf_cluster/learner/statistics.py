@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import numpy as np
 
 from rlhf_cluster.algo.losses import explained_variance_of
 from rlhf_cluster.algo.masked import moments
+from rlhf_cluster.algo.off_policy import effective_share, truncated_weights
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.experience import Experience
 from rlhf_cluster.models.batching import response_mask, to_response_frame
@@ -81,6 +83,9 @@ def tally_experience(tally: Tally, experience: Experience, weight_version: int) 
     tally.mean("rollout/logprob_diff_mean", np.abs(difference).sum(), difference.size)
     staleness = weight_version - _flat([row.weight_versions for row in rows])
     tally.mean("rollout/staleness", staleness.sum(), staleness.size)
+    tally.top("rollout/staleness_max", staleness.max(initial=0))
+    weights = _flat(experience.weights)
+    tally.mean("rollout/masked", (weights == 0).sum(), weights.size)
     tally.mean("prompt_length/mean", sum(len(row.prompt_ids) for row in rows), len(rows))
 
 
@@ -97,6 +102,15 @@ def explained_variance(experience: Experience, ranks: Ranks) -> float:
     returns = to_response_frame(experience.returns)
     residual, total = ranks.sum(moments(returns - values, mask)), ranks.sum(moments(returns, mask))
     return float(explained_variance_of(residual, total))
+
+
+def effective_samples(experience: Experience, ranks: Ranks) -> float:
+    """The share of the batch's tokens that is left when each weighs as the policy before the update weighs it against
+    the sampler. A collective."""
+    rows = experience.rows
+    mask = response_mask([len(row.response_ids) for row in rows])
+    difference = to_response_frame([row.old_logprobs - row.rollout_logprobs for row in rows])
+    return effective_share(ranks.sum(moments(truncated_weights(difference, mask, math.inf), mask)))
 
 
 def _flat(ragged: Sequence[np.ndarray]) -> np.ndarray:

@@ -18,7 +18,7 @@ from rlhf_cluster.learner.experience import Experience
 from rlhf_cluster.learner.mix import PretrainingMix
 from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.plan import BatchPlan
-from rlhf_cluster.learner.statistics import Tally, seconds_by_part, tally_experience
+from rlhf_cluster.learner.statistics import Tally, effective_samples, seconds_by_part, tally_experience
 from rlhf_cluster.models.batching import PackedBatch
 from rlhf_cluster.records import Controls
 
@@ -40,7 +40,7 @@ class Size:
     responses: float
 
 
-def token_weights(lengths: np.ndarray, loss_mean: str, size: Size, longest: int) -> np.ndarray:
+def token_shares(lengths: np.ndarray, loss_mean: str, size: Size, longest: int) -> np.ndarray:
     """What the loss of each token counts for in its minibatch's, by `ppo.loss_mean`: i64 [S] -> f32 [N].
 
     token: 1 / all tokens (DAPO: Yu et al. 2025, arXiv:2503.14476, eq. 12). response: 1 / (tokens of its response x all
@@ -76,6 +76,7 @@ class Updater:
         """All epochs over all minibatches, or none where it is not to `learn`; the batch's metrics over all ranks."""
         tally_experience(self._tally, self._experience, weight_version)
         judged = self._models.critic.judged(self._experience, self._tally)
+        samples = effective_samples(self._experience, self._models.ranks)
         own = [[self._experience.index[i] for i in ids if i in self._experience.index] for ids in plan.minibatches]
         sizes = self._sizes(own)
         minibatches = [minibatch for order in plan.orders(self._cfg.epochs, seed) for minibatch in order]
@@ -90,7 +91,7 @@ class Updater:
                 break
         self._tally.mean("actor/minibatches_done", done, len(minibatches))
         metrics = self._tally.over(self._models.ranks)
-        metrics |= {"actor/lr": rates.policy, **judged}
+        metrics |= {"actor/lr": rates.policy, "rollout/ess": samples, **judged}
         return metrics | seconds_by_part(self._seconds)
 
     def _sizes(self, minibatches: Sequence[Sequence[int]]) -> list[Size]:
@@ -141,15 +142,15 @@ class Updater:
         lengths = torch.from_numpy(batch.response_lengths).to(mask.device) if cfg.ratio == "response" else None
         loss = policy_loss(logprobs, old, advantages, mask, cfg.clip, cfg.clip_high, cfg.dual_clip, lengths)
         longest = self._generation.max_response_tokens
-        weights = torch.from_numpy(token_weights(batch.response_lengths, cfg.loss_mean, size, longest)).to(mask.device)
-        whole = loss.losses
+        shares = torch.from_numpy(token_shares(batch.response_lengths, cfg.loss_mean, size, longest)).to(mask.device)
+        whole = weighted = loss.losses * self._flat(batch, [self._experience.weights[row] for row in rows])
         if cfg.entropy_coef:
             whole = whole - cfg.entropy_coef * at_tokens(entropies, mask)
         if self._controls.kl_loss_coef:
             whole = whole + self._controls.kl_loss_coef * self._kl_loss(batch, rows, logprobs, mask)
-        self._models.policy.backward((whole * weights).sum())
+        self._models.policy.backward((whole * shares).sum())
         count = float(mask.sum())
-        self._tally.mean("actor/pg_loss", float((loss.losses.detach() * weights).sum()), count / size.tokens)
+        self._tally.mean("actor/pg_loss", float((weighted.detach() * shares).sum()), count / size.tokens)
         self._tally.mean("actor/pg_clipfrac", loss.pg_clipfrac_sum, count)
         self._tally.mean("actor/ppo_kl", loss.ppo_kl_sum, count)
         self._tally.mean("actor/entropy", float((entropies.detach() * mask).sum()), count)

@@ -36,7 +36,12 @@ class OpenBatch:
 
     plan: BatchPlan
     rows: dict[str, EvaluatedRow] = field(default_factory=dict)
+    early: list[ScoredRollouts] = field(default_factory=list)  # what came before the policy that it will update
     seconds: float = 0.0  # spent on evaluation
+
+    def take_early(self) -> list[ScoredRollouts]:
+        early, self.early = self.early, []
+        return early
 
 
 class LearnerWorker:
@@ -111,18 +116,28 @@ class LearnerWorker:
         return int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
 
     def add(self, step: int, rows: ScoredRollouts, start: int, stop: int) -> None:
-        """Evaluates this rank's rows, `start` to `stop`. Rows that it holds already are left as they are. A
+        """Evaluates this rank's rows, `start` to `stop`, or keeps them until the policy is the one that their batch
+        will update: old logprobs and values are always its own. Rows that it holds already are left as they are. A
         collective."""
         if self._is_done(step):
             return
         if step not in self._open:
             raise LearnerError(f"rows of batch {step} arrived, but the open batches are {sorted(self._open)}")
-        batch, began = self._open[step], time.perf_counter()
-        share = rows.slice(start, stop)
-        fresh = [i for i, sample_id in enumerate(share.sample_id) if sample_id not in batch.rows]
-        share = share.take(fresh)
-        evaluation = self._models.evaluate(share.prompt_ids, share.response_ids, self._generation.temperature)
-        for row in _evaluated(share, evaluation):
+        batch, share = self._open[step], rows.slice(start, stop)
+        if step > self._version:
+            batch.early.append(share)
+        else:
+            self._evaluate(batch, [*batch.take_early(), share])
+
+    def _evaluate(self, batch: OpenBatch, parts: Sequence[ScoredRollouts]) -> None:
+        """A collective."""
+        began = time.perf_counter()
+        rows = ScoredRollouts.concat(parts)
+        wanted = batch.plan.owners.keys() - batch.rows.keys()
+        fresh = {sample_id: i for i, sample_id in enumerate(rows.sample_id) if sample_id in wanted}
+        rows = rows.take([fresh[sample_id] for sample_id in sorted(fresh)])
+        evaluation = self._models.evaluate(rows.prompt_ids, rows.response_ids, self._generation.temperature)
+        for row in _evaluated(rows, evaluation):
             batch.rows[row.sample_id] = row
         batch.seconds += time.perf_counter() - began
 
@@ -132,6 +147,8 @@ class LearnerWorker:
             return self._last
         if step not in self._open:
             raise LearnerError(f"update of batch {step}, but the open batches are {sorted(self._open)}")
+        if early := self._open[step].take_early():
+            self._evaluate(self._open[step], early)
         self._require_whole(step)
         batch = self._open.pop(step)
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]

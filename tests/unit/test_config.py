@@ -168,6 +168,7 @@ def test_an_unknown_stage_is_refused() -> None:
         ("ppo.ema_decay=1", r"ppo\.ema_decay=1\.0: it must be from 0 up to but not 1"),
         ("ppo.result=ema", r"ppo\.result=ema, but ppo\.ema_decay=0\.0 keeps no average; use a decay as 0\.992"),
         ("ppo.overlong_buffer=129", r"ppo\.overlong_buffer=129 is more than generation\.max_response_tokens=128"),
+        ("ppo.off_policy.low=6", r"ppo\.off_policy\.low=6, high=5: low must be below high"),
         ("ppo.max_staleness=-1", r"ppo\.max_staleness=-1: it must not be negative"),
         ("seed=4294967296", r"seed=4294967296: it must be from 0 to 4294967295"),
         ("generation.kv_cache_memory=1", r"generation\.kv_cache_memory=1: it must be at least 1048576"),

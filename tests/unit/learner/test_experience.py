@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_cluster.config import AdvantageConfig, KLConfig, PPOConfig
+from rlhf_cluster.config import AdvantageConfig, KLConfig, OffPolicyConfig, PPOConfig
 from rlhf_cluster.learner.experience import EvaluatedRow, Experience, make_experience
 from rlhf_cluster.records import Controls
 
@@ -79,6 +79,38 @@ def test_whitening_by_hand(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:
     whitened = make(rows, PPOConfig(advantage=AdvantageConfig(lam=0.5)), 0.1, on_ranks).advantages
     scale = ((1.05**2 + 1.65**2 + 2.7**2) / 3) ** 0.5
     assert np.concatenate(whitened).tolist() == pytest.approx([1.05 / scale, 1.65 / scale, -2.7 / scale])
+
+
+@pytest.mark.parametrize(
+    ("asked", "max_staleness", "expected"),
+    [
+        (OffPolicyConfig(), 0, [1, 1, 1]),  # auto
+        (OffPolicyConfig(), 1, [2, 0.5, 0.25]),
+        (OffPolicyConfig("none"), 1, [1, 1, 1]),
+        (OffPolicyConfig("token", cap=2.5), 0, [2.5, 0.5, 0.25]),
+        (OffPolicyConfig("response"), 0, [1.5, 1.5, 0.25]),
+        (OffPolicyConfig("none", mask="token", low=0.3, high=2.0), 0, [0, 1, 0]),
+        (OffPolicyConfig("token", mask="response"), 0, [2, 0.5, 0]),
+        (OffPolicyConfig("token", mask="response_mean", low=0.2, high=1.2), 0, [0, 0, 0.25]),  # sqrt(1.5) is 1.22
+    ],
+)
+def test_off_policy_weights_by_hand(
+    row: Callable[..., EvaluatedRow],
+    on_ranks: OnRanks,
+    asked: OffPolicyConfig,
+    max_staleness: int,
+    expected: list[float],
+) -> None:
+    """The learner's probabilities are 3, 0.5 and 0.25 times the sampler's."""
+    old, zeros = [-1.0, -2.0], [0.0, 0.0]
+    sampled = [np.array([-1 - math.log(3), -2 + math.log(2)]), np.array([-1 + math.log(4)])]
+    rows = [
+        row("a", old=old, ref=old, values=zeros, rollout_logprobs=sampled[0].astype(np.float32)),
+        row("b", old=old[:1], ref=old[:1], values=zeros[:1], rollout_logprobs=sampled[1].astype(np.float32)),
+    ]
+    weights = make(rows, PPOConfig(off_policy=asked, max_staleness=max_staleness), 0.0, on_ranks).weights
+    assert [len(own) for own in weights] == [2, 1]
+    assert np.concatenate(weights).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])

@@ -27,6 +27,7 @@ from rlhf_cluster.config import (
     LearnerConfig,
     LoRAConfig,
     ModelConfig,
+    OffPolicyConfig,
     OptimizerConfig,
     PPOConfig,
     PTXConfig,
@@ -290,6 +291,65 @@ def test_order_of_arrival_changes_nothing(start: Start, chunk: int) -> None:
     expected, found = (numbers(worker.update(0, Controls(0.02)).metrics) for worker in (one, other))
     assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
     assert distance(one, other) < 1e-5
+
+
+def test_rows_that_come_early_are_evaluated_by_the_policy_that_they_update(start: Start) -> None:
+    """A batch that was open while the one before it was trained on: the same as one that came after, bit by bit."""
+    one, other = (start(max_staleness=1) for _ in range(2))
+    for worker in (one, other):
+        give(worker, rows())
+    one.begin(1, rows(1).sample_id)
+    for first, last in ((3, 5), (0, 4)):  # one row twice, as a repeated call would
+        one.add(1, rows(1), first, last)
+    one.update(0, CONTROLS)
+    other.update(0, CONTROLS)
+    one.add(1, rows(1), 5, 8)
+    give(other, rows(1), chunk=8)
+    found, expected = (numbers(worker.update(1, CONTROLS).metrics) for worker in (one, other))
+    assert found == expected and distance(one, other) == 0
+    assert found["actor/first_ratio_max"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_whole_batch_may_come_early(start: Start) -> None:
+    one, other = (start(max_staleness=2) for _ in range(2))
+    for worker in (one, other):
+        give(worker, rows())
+    give(one, rows(1))
+    for worker in (one, other):
+        worker.update(0, CONTROLS)
+    give(other, rows(1), chunk=8)
+    assert numbers(one.update(1, CONTROLS).metrics) == numbers(other.update(1, CONTROLS).metrics)
+    assert distance(one, other) == 0
+
+
+def test_off_policy_weights_scale_the_policys_gradient(start: Start) -> None:
+    """Tokens of which the sampler said half of what the learner says count twice: as twice the advantage. What is left
+    out moves nothing."""
+
+    def trained(**asked: Any) -> LearnerWorker:
+        worker = start(minibatch_size=COUNT, max_staleness=1, off_policy=OffPolicyConfig(**asked))
+        give(worker, batch)
+        metrics.append(worker.update(0, CONTROLS).metrics)
+        return worker
+
+    metrics: list[dict[str, float]] = []
+    plain = start(minibatch_size=COUNT)
+    give(plain, rows())
+    own = plain._open[0].rows
+    halved = [(own[i].old_logprobs - math.log(2)).tolist() for i in rows().sample_id]
+    batch = with_column(rows(), "rollout_logprobs", halved)
+    trained(weights="none")
+    trained(cap=4.0)
+    trained(cap=1.5)
+    assert metrics[1]["actor/pg_loss"] == pytest.approx(2 * metrics[0]["actor/pg_loss"], rel=1e-4)
+    assert metrics[1]["actor/grad_norm"] == pytest.approx(2 * metrics[0]["actor/grad_norm"], rel=1e-4)
+    assert metrics[2]["actor/grad_norm"] == pytest.approx(1.5 * metrics[0]["actor/grad_norm"], rel=1e-4)
+    assert metrics[0]["critic/grad_norm"] == metrics[1]["critic/grad_norm"]  # values are no question of who sampled
+    assert [told["rollout/masked"] for told in metrics] == [0, 0, 0]
+    assert metrics[0]["rollout/ess"] == pytest.approx(1)
+    left_out = trained(mask="token", high=1.9)
+    assert metrics[3]["rollout/masked"] == 1 and metrics[3]["actor/grad_norm"] == 0
+    assert left_out._version == 1
 
 
 def test_repeating_what_was_applied_changes_nothing(start: Start) -> None:
