@@ -48,8 +48,9 @@ test: check ## check, then the contract, deploy and cluster tests
 test-long: setup ## the tests that take minutes
 	@$(PYTEST) -m long tests
 
-bench: setup ## end-to-end throughput: seconds by part and tokens/s, as table and JSON
+bench: setup ## what it costs: seconds by part and tokens/s of an iteration, CPU of the driver; tables and JSON
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/throughput.py
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/driver.py
 
 pins: setup ## resolve requirements/*.txt anew from pyproject.toml, keeping the pins that still fit
 	@resolve="$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --override requirements/without.txt"; \

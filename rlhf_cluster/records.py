@@ -80,23 +80,33 @@ class Record:
         cls.COLUMNS = {**cls.COLUMNS, **own}
 
     def __post_init__(self) -> None:
-        for name, column in self.COLUMNS.items():
-            self._check(name, column)
+        self._check(self.COLUMNS)
 
-    def _check(self, name: str, column: Column) -> None:
-        kind = type(self).__name__
-        if name not in self.table.column_names:
-            raise RecordError(f"{kind} has no column {name!r}; it has {self.table.column_names}")
-        found = self.table.schema.field(name).type
-        if found != column.type:
-            raise RecordError(f"{kind}.{name} is {found}; it must be {column.type}")
-        values = self.table.column(name)
-        if values.null_count:
-            raise RecordError(f"{kind}.{name} has {values.null_count} missing values of {len(values)}")
-        if column.per_token:
-            lengths, expected = pc.list_value_length(values), pc.list_value_length(self.table.column("response_ids"))
-            if not lengths.equals(expected):
-                raise RecordError(f"{kind}.{name} does not have one entry for each response token")
+    def _check(self, names: Iterable[str]) -> None:
+        kind, table, schema = type(self).__name__, self.table, self.table.schema
+        for name in names:
+            column, place = self.COLUMNS[name], schema.get_field_index(name)
+            if place < 0:
+                raise RecordError(f"{kind} has no column {name!r}; it has {table.column_names}")
+            found = schema.field(place).type
+            if found != column.type:
+                raise RecordError(f"{kind}.{name} is {found}; it must be {column.type}")
+            values = table.column(place)
+            if values.null_count:
+                raise RecordError(f"{kind}.{name} has {values.null_count} missing values of {len(values)}")
+            if column.per_token:
+                lengths, expected = pc.list_value_length(values), pc.list_value_length(table.column("response_ids"))
+                if not lengths.equals(expected):
+                    raise RecordError(f"{kind}.{name} does not have one entry for each response token")
+
+    @classmethod
+    def _known(cls, table: pa.Table, checked: type[Record]) -> Self:
+        """A record whose columns of `checked` were checked: rows of one, or one that has more columns now. Checks take
+        most of the time that the driver has for a small table."""
+        record = object.__new__(cls)
+        object.__setattr__(record, "table", table)
+        record._check([name for name in cls.COLUMNS if name not in checked.COLUMNS])
+        return record
 
     def __getstate__(self) -> dict[str, pa.Table]:
         """The table alone travels, not the columns read from it."""
@@ -128,24 +138,27 @@ class Record:
         parts = list(parts)
         if not parts:
             return cls.empty()
-        table = pa.concat_tables([part.table for part in parts], promote_options="default")
-        return type(parts[0])(table.combine_chunks())
+        kind = type(parts[0])
+        if len(parts) == 1:
+            return parts[0]
+        table = pa.concat_tables([part.table for part in parts], promote_options="default").combine_chunks()
+        return kind._known(table, kind) if all(type(part) is kind for part in parts) else kind(table)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Self:
-        return type(self)(self.table.take(pa.array(rows, pa.int64())))
+        return self._known(self.table.take(pa.array(rows, pa.int64())), type(self))
 
     def slice(self, start: int, stop: int) -> Self:
-        return type(self)(self.table.slice(start, stop - start))
+        return self._known(self.table.slice(start, stop - start), type(self))
 
     def extend(self, type_: type[R], columns: Mapping[str, Sequence[Any]]) -> R:
         """This record's rows with more columns, as the record type of the next stage."""
         table = self.table
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values, type_.COLUMNS[name].type))
-        return type_(table)
+        return type_._known(table, type(self))
 
     def sort_by(self, column: str) -> Self:
-        return type(self)(self.table.sort_by(column))
+        return self._known(self.table.sort_by(column), type(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,8 +255,8 @@ def join(rollouts: Rollouts, scores: Scores, ref: RefLogprobs | None) -> ScoredR
     """Joins by `sample_id`. Raises RecordError when an answer lacks a sample or speaks of one that was not asked."""
     table = _with_answer(rollouts.table, scores.table)
     if ref is None:
-        return ScoredRollouts(table)
-    return ReferencedRollouts(_with_answer(table, ref.table))
+        return ScoredRollouts._known(table, Rollouts)
+    return ReferencedRollouts._known(_with_answer(table, ref.table), Rollouts)
 
 
 def _with_answer(table: pa.Table, answer: pa.Table) -> pa.Table:
