@@ -31,11 +31,12 @@ from rlhf_cluster import ppo
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.environment import describe_environment
+from rlhf_cluster.loop.admission import Batch
 from rlhf_cluster.records import Controls, Members, Prompts, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.rooms import Rooms
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
-from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, MetricsRecord, Sink
+from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog
 from rlhf_cluster.telemetry.timer import Timeline, Timer
 
 RESULTS = Path(__file__).parent / "results"
@@ -128,7 +129,7 @@ class NullLearner:
 
 
 class Costs:
-    """CPU seconds of the driver in each iteration, told by its metrics being written."""
+    """CPU seconds of the driver in each iteration."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self.seconds = clock, list[float]()
@@ -137,12 +138,11 @@ class Costs:
     def _now(self) -> float:
         return time.process_time() - self._clock.rooms
 
-    def write(self, record: MetricsRecord) -> None:
+    def show(self, step: int, batch: Batch) -> None:
+        """Called once all is written down."""
         now = self._now()
         self.seconds.append(now - self._before)
         self._before = now
-
-    def close(self) -> None: ...
 
 
 def prompts() -> Prompts:
@@ -156,14 +156,13 @@ async def measure(args: argparse.Namespace, directory: Path) -> list[float]:
     scorers, costs = NullScorers(clock), Costs(clock)
     rooms = Rooms(NullGeneration(clock, args.tokens, args.flush), scorers, scorers, NullLearner())
     cfg = PPOConfig(steps=args.iterations + 1, batch_size=args.batch, samples_per_prompt=args.samples)
-    sinks: list[Sink] = [JsonlSink(directory / "metrics.jsonl"), costs]
-    with MetricsLog(sinks, warn=print) as metrics:
+    with MetricsLog([JsonlSink(directory / "metrics.jsonl")], warn=print) as metrics:
         log = ppo.Log(
             metrics,
             Timer(Timeline(), "ppo"),
             RolloutLog(directory / "rollouts"),
             Checkpoints(directory / "checkpoints"),
-            lambda step, batch: None,
+            costs.show,
             print,
         )
         await ppo.train(rooms, PromptOrder(prompts(), seed=0), cfg, log)
