@@ -86,7 +86,8 @@ class Starter:
         hosts = []
         for index in range(cfg.generation.resources.workers):
             incarnation = f"generation-{index}.{self.attempt.number}"
-            args = (str(policy), cfg.generation, cfg.model.context, cfg.model.dtype, incarnation, adapter_rank)
+            model = (str(policy), cfg.generation, cfg.weights, cfg.model.context, cfg.model.dtype)
+            args = (*model, incarnation, adapter_rank)
             hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
         return hosts, [self._answer(host, "start", host.actor.start.remote(version)) for host in hosts]
 

@@ -81,6 +81,11 @@ def _validate_advantage(cfg: RunConfig) -> None:
         ppo.critic_warmup < ppo.steps,
         f"ppo.critic_warmup={ppo.critic_warmup} leaves none of ppo.steps={ppo.steps} to the policy; lower it",
     )
+    require(
+        cfg.weights.kv == "recompute" or cfg.weights.running == "keep",
+        f"weights.kv={cfg.weights.kv}, but weights.running={cfg.weights.running} leaves no response to keep it for; "
+        "use weights.kv=recompute",
+    )
     off_policy = ppo.off_policy
     require(
         off_policy.low < off_policy.high,

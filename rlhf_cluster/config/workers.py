@@ -137,3 +137,7 @@ class WeightsConfig:
     transport: str = one_of("shm", default="shm")  # shared memory of the learner's node; workers on other nodes fetch
     # from there
     keep: int = count(2)  # versions kept in the store
+    running: str = one_of("keep", "finish", "abort", default="keep")  # responses under way when weights come: keep,
+    # they go on with the new ones; finish, they end with the old ones first; abort, they begin again
+    kv: str = one_of("recompute", "keep", default="recompute")  # keys and values of what is sampled already: recompute
+    # them with the new weights, or go on with those of the old ones (prompts that come again too)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, get_args
 
-from rlhf_cluster.config import GenerationConfig
+from rlhf_cluster.config import GenerationConfig, WeightsConfig
 from rlhf_cluster.models.load import resolve_dtype
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.weights.adapter import unpack
@@ -17,12 +18,16 @@ from rlhf_cluster.weights.snapshot import Snapshot, check
 # vLLM is loaded where a worker starts: loading it takes a quarter of a minute, which the driver, who only names the
 # class, need not wait for.
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.outputs import RequestOutput
+    from vllm.v1.engine import PauseMode
     from vllm.v1.engine.async_llm import AsyncLLM
 
 ADAPTER = "policy"  # the name of the only one
+ABORTED = "abort"  # the end of a request that a pause cut off
+PAUSES: dict[str, PauseMode] = {"keep": "keep", "finish": "wait", "abort": "abort"}  # vLLM's word for `weights.running`
 
 
 class GenerationWorker:
@@ -32,10 +37,17 @@ class GenerationWorker:
     """
 
     def __init__(
-        self, model_path: str, cfg: GenerationConfig, context: int, dtype: str, incarnation: str, adapter_rank: int = 0
+        self,
+        model_path: str,
+        cfg: GenerationConfig,
+        weights: WeightsConfig,
+        context: int,
+        dtype: str,
+        incarnation: str,
+        adapter_rank: int = 0,
     ) -> None:
-        self._model_path, self._cfg, self._context, self._dtype = model_path, cfg, context, dtype
-        self._incarnation, self._adapter_rank = incarnation, adapter_rank
+        self._model_path, self._cfg, self._weights, self._context = model_path, cfg, weights, context
+        self._dtype, self._incarnation, self._adapter_rank = dtype, incarnation, adapter_rank
         self._engine: AsyncLLM | None = None
         self._adapter: LoRARequest | None = None
 
@@ -106,12 +118,19 @@ class GenerationWorker:
             logprobs=0,
             detokenize=False,
         )
+        for life in itertools.count():
+            output = await self._finished(prompt, sampling, f"{sample_id}#{life}")
+            if output.outputs[0].finish_reason != ABORTED:
+                break
+        ended.put_nowait((row, output))
+
+    async def _finished(self, prompt: Any, sampling: SamplingParams, request_id: str) -> RequestOutput:
         output: RequestOutput | None = None
-        async for latest in self.engine.generate(prompt, sampling, sample_id, lora_request=self._adapter):
+        async for latest in self.engine.generate(prompt, sampling, request_id, lora_request=self._adapter):
             output = latest
         if output is None or not output.finished:
-            raise RuntimeError(f"vLLM gave no finished response for sample {sample_id}")
-        ended.put_nowait((row, output))
+            raise RuntimeError(f"vLLM gave no finished response for request {request_id}")
+        return output
 
     async def _flush(self, ended: asyncio.Queue[tuple[int, RequestOutput]]) -> list[tuple[int, RequestOutput]]:
         """Waits for one response, then for `flush_ms` more, and takes all that ended."""
@@ -137,17 +156,16 @@ class GenerationWorker:
         return rows.extend(Rollouts, columns)
 
     async def receive(self, snapshot: Snapshot) -> None:
-        """Loads a published version under running requests: they pause, keep their tokens, and go on with the new
-        weights.
+        """Loads a published version under running requests, which fare as `weights.running` and `weights.kv` say.
 
-        Caches are cleared, so what was computed with the old weights is computed again. Asking again for the version
-        that serves already changes nothing.
+        Asking again for the version that serves already changes nothing.
         """
         serves = await self.engine.get_weight_version() == str(snapshot.version)
         if serves and (self._adapter is not None or not self._adapter_rank):
             return
         await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
-        await self.engine.pause_generation(mode="keep", clear_cache=True)
+        mode, clear = PAUSES[self._weights.running], self._weights.kv == "recompute"
+        await self.engine.pause_generation(mode=mode, clear_cache=clear)
         await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
         await self.engine.resume_generation()
 

@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
-from rlhf_cluster.config import GenerationConfig, LoRAConfig
+from rlhf_cluster.config import GenerationConfig, LoRAConfig, WeightsConfig
 from rlhf_cluster.models.batching import in_order, micro_batches, singles
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import load_policy
@@ -180,21 +180,54 @@ async def received_weights_are_sampled_from(bench: Bench) -> None:
     assert await bench.worker.version() == 1
 
 
-async def weights_change_under_running_requests(bench: Bench) -> None:
-    """Each token carries the version that sampled it, and has that version's logprob given all tokens before it."""
+async def under_running_requests(bench: Bench, version: int, weights: WeightsConfig) -> Rollouts:
+    """Eight responses of 200 tokens, in whose midst `version` comes."""
     members = laws.members(8, step=5)
+    kept, bench.worker._weights = bench.worker._weights, weights
     sampling = asyncio.create_task(bench.with_config(members, ignore_eos=True, max_response_tokens=200))
-    snapshot = bench.snapshot(2)
+    snapshot = bench.snapshot(version)
     await asyncio.sleep(0.2)
     await bench.worker.receive(snapshot)
     found = await sampling
-    versions = found.weight_versions
-    assert all((np.diff(row) >= 0).all() for row in versions)
-    assert {int(v) for row in versions for v in row} == {1, 2}, "the update did not meet running requests"
-    by_version = {version: bench.logprobs(version, found) for version in (1, 2)}
-    expected = [np.where(row == 1, *(by_version[v][i] for v in (1, 2))) for i, row in enumerate(versions)]
-    assert largest(found.rollout_logprobs, expected) < bench.tolerance
+    bench.worker._weights = kept
     assert [len(ids) for ids in found.response_ids] == [200] * 8
+    assert sorted(found.sample_id) == sorted(members.sample_id)
+    return found
+
+
+def off_by(bench: Bench, found: Rollouts) -> float:
+    """How far a token's logprob is from what its own version says of it, given all tokens before it."""
+    rows = found.weight_versions
+    by_version = {int(v): bench.logprobs(int(v), found) for v in np.unique(np.concatenate(rows))}
+    expected = [np.array([by_version[int(v)][i][t] for t, v in enumerate(row)]) for i, row in enumerate(rows)]
+    return largest(found.rollout_logprobs, expected)
+
+
+async def weights_change_under_running_requests(bench: Bench) -> None:
+    """Each token carries the version that sampled it, and has that version's logprob given all tokens before it."""
+    found = await under_running_requests(bench, 2, WeightsConfig())
+    assert all((np.diff(row) >= 0).all() for row in found.weight_versions)
+    assert {int(v) for row in found.weight_versions for v in row} == {1, 2}, "the update did not meet running requests"
+    assert off_by(bench, found) < bench.tolerance
+
+
+async def requests_may_end_with_the_old_weights(bench: Bench) -> None:
+    found = await under_running_requests(bench, 3, WeightsConfig(running="finish"))
+    assert {int(v) for row in found.weight_versions for v in row} == {2} and await bench.worker.version() == 3
+    assert off_by(bench, found) < bench.tolerance
+
+
+async def requests_may_begin_again_with_the_new_weights(bench: Bench) -> None:
+    found = await under_running_requests(bench, 1, WeightsConfig(running="abort"))
+    assert {int(v) for row in found.weight_versions for v in row} == {1}
+    assert off_by(bench, found) < bench.tolerance
+
+
+async def keys_and_values_of_the_old_weights_may_stay(bench: Bench) -> None:
+    """What the new weights then say of a token is not what they would say alone: that is the price."""
+    found = await under_running_requests(bench, 2, WeightsConfig(kv="keep"))
+    assert {int(v) for row in found.weight_versions for v in row} == {1, 2}
+    assert off_by(bench, found) > 100 * bench.tolerance
 
 
 async def marks_tokens_with_the_version_received(bench: Bench) -> None:
@@ -221,6 +254,9 @@ CHECKS = (
     a_damaged_snapshot_is_refused_and_the_old_weights_serve,
     received_weights_are_sampled_from,
     weights_change_under_running_requests,
+    requests_may_end_with_the_old_weights,
+    requests_may_begin_again_with_the_new_weights,
+    keys_and_values_of_the_old_weights_may_stay,
     marks_tokens_with_the_version_received,
 )
 
@@ -230,7 +266,7 @@ async def run_checks(tiny: Path, directory: Path, kind: str) -> dict[str, str]:
 
     rank, publish, tolerance = {"weights": (0, full, 1e-5), "adapters": (LORA.rank, adapted, 1e-4)}[kind]
     versions = {version: publish(tiny, version) for version in range(4)}
-    worker = GenerationWorker(str(tiny), CONFIG, 320, "float32", "generation-0-1", rank)
+    worker = GenerationWorker(str(tiny), CONFIG, WeightsConfig(), 320, "float32", "generation-0-1", rank)
     assert await worker.start(0) == "generation-0-1"
     bench, found = Bench(worker, versions, tolerance, directory / "store"), {}
     await bench.receive(0)  # of full weights it is what serves already

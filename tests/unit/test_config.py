@@ -389,6 +389,10 @@ def test_dynamic_sampling_needs_groups() -> None:
             r"coef=0\.02, ppo\.kl\.loss_coef=0\.1: ppo\.kl\.kind=adaptive steers one",
         ),
         (
+            ["weights.kv=keep", "weights.running=abort"],
+            r"weights\.kv=keep, but weights\.running=abort leaves no response to keep it for; use weights\.kv=re",
+        ),
+        (
             ["ppo.result=ema", "ppo.ema_decay=0.9", "ppo.max_staleness=1", "evaluation.every=5"],
             r"evaluation\.every=5 samples from the average \(ppo\.result=ema\), and with ppo\.max_staleness=1 batches",
         ),
