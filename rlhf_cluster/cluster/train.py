@@ -13,7 +13,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rlhf_cluster.cluster.hosts import environment, reserved, set_apart, spawn
-from rlhf_cluster.cluster.waits import Call, WorkerError, get
+from rlhf_cluster.cluster.waits import Call, WorkerError, get, out_of_memory
 from rlhf_cluster.config import ClusterConfig, Resources
 
 POLL_S = 0.5
@@ -79,7 +79,7 @@ def train_on_ranks(
     _follow(fitting, mailbox.actor, cfg, stage, on_report)
     ray.kill(mailbox.actor)
     if failure:
-        raise WorkerError(f"stage {stage} failed: {_cause(failure[0])}") from failure[0]
+        raise WorkerError(f"stage {stage} failed: {cause_of(failure[0])}") from failure[0]
 
 
 def _on_rank(config: dict[str, Any]) -> None:
@@ -139,7 +139,10 @@ def _follow(
         fitting.join(POLL_S)
 
 
-def _cause(error: BaseException) -> str:
-    """The first line that names what went wrong on a rank, out of Ray Train's nested report."""
+def cause_of(error: BaseException) -> str:
+    """What went wrong on the first rank that failed, in one line, out of Ray Train's nested report."""
+    if memory := out_of_memory(error):
+        return memory
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else repr(error))
+    told = [line for line in lines if not line.endswith("Error Snippet]:")]
+    return next((line for line in reversed(told) if "Error" in line), told[-1] if told else repr(error))

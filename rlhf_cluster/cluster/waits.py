@@ -4,6 +4,7 @@ log."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 LOG_LINES = 12
+LOW_ON_MEMORY = re.compile(r"low on memory.*? was ([\d.]+ ?GB) used / ([\d.]+ ?GB)", re.DOTALL)  # in Ray's words
 
 
 class WorkerError(RuntimeError):
@@ -21,6 +23,17 @@ class WorkerError(RuntimeError):
 
 class WorkerDied(WorkerError):
     """The worker's process is gone: what was asked of it may be asked of another."""
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Why Ray ended a process, where that was for want of memory on its node; else nothing."""
+    found = LOW_ON_MEMORY.search(str(error))
+    if found is None:
+        return ""
+    return (
+        f"its node's memory was nearly full ({found[1]} of {found[2]} used), and Ray ended it; lower "
+        "tokens_per_micro_batch or the number of workers, end what else runs there, or use a larger machine"
+    )
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,8 @@ class Call:
         """The error to raise instead of Ray's."""
         if isinstance(error, GetTimeoutError | asyncio.TimeoutError) and not isinstance(error, RayTaskError):
             return WorkerError(f"{self.worker} did not answer `{self.verb}` within {deadline_s:g} s{self._tail()}")
+        if memory := out_of_memory(error):
+            return WorkerDied(f"{self.worker} died during `{self.verb}`: {memory}")
         if isinstance(error, RayActorError):
             return WorkerDied(f"{self.worker} died during `{self.verb}`{self._tail()}")
         cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
