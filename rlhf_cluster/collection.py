@@ -34,11 +34,18 @@ class Batches(Protocol):
 
 
 async def collect(
-    rooms: Rooms, step: int, prompts: Batches, cfg: PPOConfig, timer: Timer, warn: Callable[[str], None]
+    rooms: Rooms,
+    step: int,
+    prompts: Batches,
+    cfg: PPOConfig,
+    served: Awaitable[None],
+    timer: Timer,
+    warn: Callable[[str], None],
 ) -> Batch:
-    """One batch, from its members to rows that the learner has evaluated. Members that failed or were filtered are
-    replaced by others, a few times; then the batch runs short. While it has no row at all others are tried for longer:
-    whoever gives the scores may come back."""
+    """One batch, from its members to rows that the learner has evaluated; begun once generation has `served` the
+    weights that came before it. Members that failed or were filtered are replaced by others, a few times; then the
+    batch runs short. While it has no row at all others are tried for longer: whoever gives the scores may come back."""
+    await served
     together = cfg.samples_per_prompt if cfg.advantage.compares_groups else 1
     admission = Admission(cfg.advantage.compares_groups, cfg.dynamic_sampling)
     members = prompts.members(step, cfg.batch_size, cfg.samples_per_prompt)

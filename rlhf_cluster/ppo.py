@@ -44,7 +44,7 @@ class EmptyBatchError(RuntimeError):
     """An iteration that has nothing to train on."""
 
 
-async def _never(version: int) -> Mapping[str, float]:
+async def _never(version: int, served: Awaitable[None]) -> Mapping[str, float]:
     """No evaluation on the way."""
     return {}
 
@@ -62,7 +62,8 @@ class Log:
     measure: Callable[[ScoredRollouts], Mapping[str, float]] = (
         lambda batch: {}
     )  # further metrics that nothing learns from
-    evaluate: Callable[[int], Awaitable[Mapping[str, float]]] = _never  # of the version that generation serves now
+    evaluate: Callable[[int, Awaitable[None]], Awaitable[Mapping[str, float]]] = _never  # of a version, once generation
+    # serves it
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
     """Runs iterations `start` to `cfg.steps`; the policy of iteration n is weight version n."""
     control, rails = make_control(cfg, start), make_guardrails(cfg, start)
     batches: deque[asyncio.Task[Batch]] = deque()
-    async with asyncio.TaskGroup() as collecting:
+    async with asyncio.TaskGroup() as tasks:
+        served = tasks.create_task(asyncio.sleep(0))
         for step in range(start.step, cfg.steps):
             with log.timer("step"):
                 for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
-                    batches.append(collecting.create_task(collect(rooms, ahead, prompts, cfg, log.timer, log.warn)))
+                    batch_of = collect(rooms, ahead, prompts, cfg, served, log.timer, log.warn)
+                    batches.append(tasks.create_task(batch_of))
                 batch = await batches.popleft()
                 if not len(batch.rows):
                     await give_up(rooms, step, batch, control, rails, log)
@@ -96,16 +99,24 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                 alarms = early + rails.after(stats.metrics)
                 good = last_good(early, alarms, batch.rows, log)
                 await heed(alarms, good, rooms, stats.weight_version, log)
+                await served
                 with log.timer("update_weights"):
                     await rooms.learner.publish(stats.weight_version)
-                    await rooms.generation.receive(stats.weight_version)
+                served = tasks.create_task(receive(rooms, stats.weight_version, log))
                 control.after(stats.metrics["objective/kl"], len(batch.rows))
-            heldout = await log.evaluate(stats.weight_version)
+            heldout = await log.evaluate(stats.weight_version, served)
             # First, so that what a checkpoint has behind it is on record.
             write_down(step, batch, stats, controls, alarms, heldout, log)
             stop_where_due(alarms, good, stats.weight_version)
             if is_checkpoint(step, cfg):
                 await save(rooms, stats.weight_version, control, rails, log)
+
+
+async def receive(rooms: Rooms, version: int, log: Log) -> None:
+    """Generation takes the weights while the learner goes on, with what was sampled before; batches that are not begun
+    yet wait for it, which keeps them within their staleness."""
+    with log.timer("update_weights"):
+        await rooms.generation.receive(version)
 
 
 async def give_up(rooms: Rooms, step: int, batch: Batch, control: Control, rails: Guardrails, log: Log) -> NoReturn:

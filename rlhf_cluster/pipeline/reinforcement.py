@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -126,11 +126,14 @@ async def _before(run: Run, opened: OpenRooms) -> HeldOut:
     return sampled
 
 
-async def _on_the_way(run: Run, opened: OpenRooms, timer: Timer, version: int) -> Mapping[str, float]:
+async def _on_the_way(
+    run: Run, opened: OpenRooms, timer: Timer, version: int, served: Awaitable[None]
+) -> Mapping[str, float]:
     """The held-out samples of an iteration between the first and the last, where `evaluation.every` asks for them."""
     every = run.cfg.evaluation.every
     if not every or version % every or version == run.cfg.ppo.steps:
         return {}
+    await served
     with timer("eval"):
         await _serve_average(run, opened, version)
         found = await _heldout(run, opened, f"iteration {version}")

@@ -63,6 +63,7 @@ class FakeGeneration:
     ticks: int = 1
     max_tokens: int = 6
     version: int = 0
+    receive_ticks: int = 1
 
     async def sample(self, members: Members) -> AsyncIterator[Rollouts]:
         ordered = list(self.order(len(members)))
@@ -88,7 +89,8 @@ class FakeGeneration:
         )
 
     async def receive(self, version: int) -> None:
-        await asyncio.sleep(0)
+        for _ in range(self.receive_ticks):
+            await asyncio.sleep(0)
         self.events("receive", version)
         self.version = version
 
@@ -223,8 +225,15 @@ class FakeRooms:
     ticks: dict[str, int] = field(default_factory=dict)  # turns of the event loop that a room takes, by its name
 
     def __post_init__(self) -> None:
-        ticks = {"generation": 1, "reward": 1, "reference": 1} | self.ticks
-        self.generation = FakeGeneration(self.events, self.order, self.chunk, ticks["generation"], version=self.version)
+        ticks = {"generation": 1, "receive": 1, "reward": 1, "reference": 1} | self.ticks
+        self.generation = FakeGeneration(
+            self.events,
+            self.order,
+            self.chunk,
+            ticks["generation"],
+            version=self.version,
+            receive_ticks=ticks["receive"],
+        )
         self.reward = FakeReward(self.events, ticks["reward"])
         self.reference = FakeReference(self.events, ticks["reference"]) if self.kl else NoReference()
         self.learner = FakeLearner(self.events, self.version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class RunOfLoop:
     shown: list[int] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # tasks that were still pending when `train` ended
+    evaluates: bool = True  # held-out prompts in every iteration
 
     def __call__(self, start: ppo.Start = ppo.AT_FIRST, **changed: Any) -> RunOfLoop:
         cfg = PPOConfig(steps=STEPS, batch_size=BATCH, samples_per_prompt=2, minibatch_size=4, **changed)
@@ -68,8 +69,10 @@ class RunOfLoop:
             finally:
                 self.left = [repr(task) for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
-    async def _evaluate(self, version: int) -> dict[str, float]:
-        await asyncio.sleep(0)
+    async def _evaluate(self, version: int, served: Awaitable[None]) -> dict[str, float]:
+        if not self.evaluates:
+            return {}
+        await served
         return {"eval/asked": version, "eval/served": self.fakes.generation.version}
 
     @property
@@ -175,6 +178,16 @@ def test_weights_are_received_as_they_are_published(tmp_path: Path) -> None:
     events = RunOfLoop(tmp_path)(max_staleness=1).fakes.events
     expected = [(verb, version) for version in range(1, STEPS + 1) for verb in ("publish", "receive")]
     assert events.of("publish", "receive") == expected
+
+
+def test_the_learner_goes_on_while_generation_takes_the_weights(tmp_path: Path) -> None:
+    """With what was sampled before; what is not begun yet waits, and the next weights wait for the ones before."""
+    run = RunOfLoop(tmp_path, FakeRooms(ticks={"receive": 500}), evaluates=False)
+    log = run(max_staleness=1).fakes.events.log
+    for step in range(1, STEPS):
+        assert log.index(("update", step)) < log.index(("receive", step)) < log.index(("publish", step + 1))
+        if step + 1 < STEPS:
+            assert log.index(("receive", step)) < log.index(("begin", step + 1))
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
