@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class GenerationHost(Hosted, GenerationWorker):
             while chunk := await answer(store.chunk.remote(snapshot.version, index), FETCH, FETCH_DEADLINE_S):
                 await asyncio.to_thread(file.write, chunk)  # rollouts go on leaving meanwhile
                 index += 1
-        return Snapshot(snapshot.version, str(path), snapshot.bytes, snapshot.digest)
+        return replace(snapshot, path=str(path))
 
     def stop(self) -> None:
         super().stop()

@@ -151,6 +151,10 @@ class TrainEngine:
         for name, parameter in self.module.named_parameters():
             yield name, self._full(parameter)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of `full_parameters`, in their order."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+
     def _full(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         if self.stage < 3:
             return parameter.detach()

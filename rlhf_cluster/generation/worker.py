@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, get_args
@@ -173,7 +172,7 @@ class GenerationWorker:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self.engine.start_weight_update()
-        await self.engine.update_weights(WeightTransferUpdateRequest(update_info=dataclasses.asdict(snapshot)))
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info={"path": snapshot.path}))
         await self.engine.finish_weight_update(weight_version=str(snapshot.version))
 
     async def _load_adapter(self, snapshot: Snapshot) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +36,15 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Published:
-    """The tensors and the header of a snapshot."""
+    """What a snapshot is made of: its tensors one at a time, by name, and its header."""
 
-    tensors: dict[str, torch.Tensor]
-    header: dict[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    tensors: Iterable[tuple[str, torch.Tensor]]
+    header: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def whole(cls, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> Published:
+        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.items(), header)
 
 
 class ActorCritic:
@@ -90,14 +95,17 @@ class ActorCritic:
         return step
 
     def published(self, averaged: bool) -> Published:
-        """What generation is to load of the policy or of its average, on rank 0; nothing on the others. A
-        collective."""
+        """What generation is to load of the policy or of its average. Every rank must go through its tensors, which
+        rank 0 alone has need of. A collective."""
+        if not averaged and not self._adapters.cfg.rank:
+            shapes = {PolicyModule.hf_name(name): shape for name, shape in self.policy.shapes().items()}
+            return Published(shapes, ((PolicyModule.hf_name(n), t) for n, t in self.policy.full_parameters()))
         if self._adapters.cfg.publish == "merged":
-            return Published(self.average_weights() if averaged else self.policy_weights(), {})
+            return Published.whole(self.average_weights() if averaged else self.policy_weights(), {})
         of_average = self.average if averaged else None
         learnt = self.policy.learning_on_rank_0() if of_average is None else of_average.weights_on_rank_0()
         alone = self._adapters.alone(PolicyModule.hf_names(learnt))
-        return Published(alone, {HEADER: self._adapters.description()})
+        return Published.whole(alone, {HEADER: self._adapters.description()})
 
     def policy_weights(self) -> dict[str, torch.Tensor]:
         """By Hugging Face names, adapters merged, on rank 0; nothing on the others. A collective."""

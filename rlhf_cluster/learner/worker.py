@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from rlhf_cluster.learner.update import StepRates, Updater
 from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts, UpdateStats
-from rlhf_cluster.weights.snapshot import Snapshot, write_snapshot
+from rlhf_cluster.weights.snapshot import Slot, Snapshot, stream_snapshot
 
 
 class LearnerError(RuntimeError):
@@ -185,9 +186,10 @@ class LearnerWorker:
     def _snapshot(self, version: int, directory: str, averaged: bool) -> Snapshot | None:
         published, dtype = self._models.published(averaged), self._models.policy.dtype
         if self._ranks.rank:
+            deque(published.tensors, maxlen=0)  # each is gathered by all ranks
             return None
-        tensors = {name: tensor.to(dtype) for name, tensor in published.tensors.items()}
-        return write_snapshot(Path(directory), version, tensors, published.header)
+        slots = [Slot(name, shape, dtype) for name, shape in published.shapes.items()]
+        return stream_snapshot(Path(directory), version, slots, published.tensors, published.header)
 
     def save(self, directory: str) -> list[str]:
         """`policy/` and, where there are, `ema/` and `critic/` as plain Hugging Face directories in the training dtype,

@@ -113,4 +113,8 @@ class PolicyModule(nn.Module):
     @staticmethod
     def hf_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by this module's parameter names -> by their Hugging Face names."""
-        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        return {PolicyModule.hf_name(name): tensor for name, tensor in weights.items()}
+
+    @staticmethod
+    def hf_name(name: str) -> str:
+        return name.removeprefix("model.")

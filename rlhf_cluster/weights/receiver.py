@@ -22,16 +22,13 @@ class NoInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SnapshotInfo(WeightTransferUpdateInfo):
-    """The fields of a `Snapshot`, as vLLM carries them."""
+    """Of a `Snapshot`, what vLLM carries."""
 
-    version: int
     path: str
-    bytes: int
-    digest: str
 
 
 class SharedMemoryReceiver(WeightTransferEngine[NoInitInfo, SnapshotInfo]):
-    """Loads what it is given: whoever starts an update has checked the digest, while the old weights still serve."""
+    """Loads what it is given: whoever starts an update has checked the digests, while the old weights still serve."""
 
     init_info_cls = NoInitInfo
     update_info_cls = SnapshotInfo

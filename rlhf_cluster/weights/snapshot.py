@@ -1,18 +1,25 @@
-"""One version of the policy's weights as one file in shared memory, with the digest that every reader checks."""
+"""One version of the policy's weights as a safetensors file in shared memory, with the digests that readers check.
+
+Tensors come one at a time, each is copied once - to its place in the file, in the dtype it is published in - and bytes
+that lie together share a digest, so that what is damaged can be named.
+"""
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import xxhash
-from safetensors.torch import save_file
 
 SHARED_MEMORY = Path("/dev/shm")
-CHUNK = 64 << 20
+CHUNK = 64 << 20  # bytes that go to another node at once
+BUCKET = 32 << 20  # bytes of tensors that share a digest, as near as whole ones allow
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 
 
 class SnapshotError(RuntimeError):
@@ -20,13 +27,39 @@ class SnapshotError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Slot:
+    """A tensor's place in a snapshot, before there is the tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Bytes `start` to `stop` of the file, and their xxh3-64 digest. `holds` names what they are."""
+
+    start: int
+    stop: int
+    digest: str
+    holds: str
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """Where a version lies, how large it is (bytes) and its xxh3-64 digest."""
+    """Where a version lies, and what its file is made of."""
 
     version: int
     path: str
-    bytes: int
-    digest: str
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.buckets[-1].stop
 
 
 def store_directory(run: str, attempt: int) -> Path:
@@ -34,33 +67,89 @@ def store_directory(run: str, attempt: int) -> Path:
     return SHARED_MEMORY / f"rlhf-cluster-{run}-{attempt}"
 
 
-def digest_of(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def write_snapshot(
     directory: Path, version: int, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str] | None = None
 ) -> Snapshot:
-    """Writes one safetensors file under its final name only when it is whole. `header` stands at its beginning."""
+    """Of tensors that are all there already."""
+    slots = [Slot(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    return stream_snapshot(directory, version, slots, tensors.items(), header)
+
+
+def stream_snapshot(
+    directory: Path,
+    version: int,
+    slots: Sequence[Slot],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    header: Mapping[str, str] | None = None,
+) -> Snapshot:
+    """Writes the file, under its final name only when it is whole. `tensors` come in the order of `slots`, each asked
+    for when the one before has its place; `header` stands at the beginning.
+
+    Raises OSError where shared memory has no room for it, and SnapshotError for tensors that are not those of `slots`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"v{version}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, dict(header or {}))
-    snapshot = Snapshot(version, str(path), partial.stat().st_size, digest_of(partial))
+    beginning = _beginning(slots, header or {})
+    size = len(beginning) + sum(slot.bytes for slot in slots)
+    with open(partial, "w+b") as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a mapped page for which there is no room would end the process
+        with mmap.mmap(file.fileno(), size) as memory:
+            memory[: len(beginning)] = beginning
+            buckets = tuple(_fill(memory, len(beginning), slots, iter(tensors)))
     os.replace(partial, path)
-    return snapshot
+    return Snapshot(version, str(path), buckets)
 
 
 def check(snapshot: Snapshot) -> None:
     """Raises SnapshotError unless the file is there, whole and what was published."""
-    path = Path(snapshot.path)
+    path, of = Path(snapshot.path), f"weights of version {snapshot.version}"
     if not path.exists():
-        raise SnapshotError(f"weights of version {snapshot.version} are not at {path}: the store no longer keeps them")
-    if (found := digest_of(path)) != snapshot.digest:
-        raise SnapshotError(
-            f"weights of version {snapshot.version} at {path} have digest {found}, published {snapshot.digest}"
-        )
+        raise SnapshotError(f"{of} are not at {path}: the store no longer keeps them")
+    if (size := path.stat().st_size) != snapshot.bytes:
+        raise SnapshotError(f"{of} at {path} have {size} bytes, published {snapshot.bytes}")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+        for number, bucket in enumerate(snapshot.buckets):
+            if (found := _digest(memory, bucket.start, bucket.stop)) != bucket.digest:
+                raise SnapshotError(
+                    f"{of} at {path}: bucket {number} of {len(snapshot.buckets)} ({bucket.holds}) has digest {found}, "
+                    f"published {bucket.digest}"
+                )
+
+
+def _beginning(slots: Sequence[Slot], header: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with: the length of its description, and that as JSON, filled up to eight
+    bytes."""
+    described: dict[str, object] = {"__metadata__": dict(header)} if header else {}
+    stop = 0
+    for slot in slots:
+        start, stop = stop, stop + slot.bytes
+        described[slot.name] = {"dtype": DTYPES[slot.dtype], "shape": slot.shape, "data_offsets": [start, stop]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _fill(
+    memory: mmap.mmap, start: int, slots: Sequence[Slot], tensors: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[Bucket]:
+    """The buckets in turn, the file's beginning first, each once it is full."""
+    yield Bucket(0, start, _digest(memory, 0, start), "its description")
+    place, first = start, ""
+    for slot in slots:
+        name, tensor = next(tensors, ("nothing", torch.empty(0)))
+        if (name, tuple(tensor.shape)) != (slot.name, slot.shape):
+            raise SnapshotError(f"{name} {tuple(tensor.shape)} came where {slot.name} {slot.shape} has its place")
+        if slot.bytes:
+            torch.frombuffer(memory, dtype=slot.dtype, count=tensor.numel(), offset=place).view(slot.shape).copy_(
+                tensor
+            )
+        place, first = place + slot.bytes, first or slot.name
+        if place - start >= BUCKET or slot is slots[-1]:
+            yield Bucket(start, place, _digest(memory, start, place), f"{first} to {slot.name}")
+            start, first = place, ""
+
+
+def _digest(memory: mmap.mmap, start: int, stop: int) -> str:
+    with memoryview(memory) as view:
+        return xxhash.xxh3_64_hexdigest(view[start:stop])

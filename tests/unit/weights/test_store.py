@@ -65,7 +65,12 @@ def test_a_changed_file_is_not_what_was_published() -> None:
     with open(snapshot.path, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    with pytest.raises(SnapshotError, match=f"have digest .*, published {snapshot.digest}"):
+    said = rf"bucket 1 of 2 \(w to w\) has digest .*, published {snapshot.buckets[1].digest}"
+    with pytest.raises(SnapshotError, match=said):
+        check(snapshot)
+    with open(snapshot.path, "ab") as file:
+        file.write(b"\x01")
+    with pytest.raises(SnapshotError, match=f"have {snapshot.bytes + 1} bytes, published {snapshot.bytes}"):
         check(snapshot)
     Path(snapshot.path).unlink()
     with pytest.raises(SnapshotError, match="weights of version 1 are not at"):
