@@ -3,6 +3,7 @@
 rows, a start from SFT, rankings of OpenAssistant added.
 
     python benchmarks/learning/preferences.py --hh FILE --oasst FILE [--seeds 0 1 2] [--tries 0] [--threads 2]
+        [--variants NAME ...] [--out DIR]
 
 A seed splits anew, by conversation. Seeds in `--tries` run every variant; the others run the recipe and the variant
 that was best there, and the table has the means of these alone where there are any: what is chosen by looking looks
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--oasst", type=Path, required=True, help="OpenAssistant's trees, jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tries", type=int, nargs="+", default=[0], help="seeds that run every variant")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="of the tries, these alone")
     parser.add_argument("--threads", type=int, default=2, help="of a run")
     parser.add_argument("--out", type=Path, default=Path("runs/learning/preferences"))
     args = parser.parse_args()
@@ -105,7 +107,9 @@ def main() -> None:
             print(f"seed {seed}, {name}: {of_seeds[seed]}", flush=True)
 
     for seed in args.tries:
-        judge(seed, VARIANTS)
+        judge(seed, args.variants or VARIANTS)
+    if args.variants:
+        return
     chosen = best(found.variants, args.tries)
     for seed in [seed for seed in args.seeds if seed not in args.tries]:
         judge(seed, dict.fromkeys((RECIPE, chosen)))
