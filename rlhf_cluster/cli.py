@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", type=Path, help="jsonl to write; default: the terminal")
     generate.add_argument("--overwrite", action="store_true", help="write over what --output names")
     generate.add_argument("--max-tokens", type=int, help="of an answer; default: the run's max_response_tokens")
-    generate.add_argument("--temperature", type=float, help="above 0; default: the run's")
+    generate.add_argument("--temperature", type=float, help="0: always the likeliest token; default: the run's")
     submission = command("submit", submit, "send a config to a running cluster as a Ray job and follow it")
     _config_arguments(submission)
     submission.add_argument("--id", default="", help="the job's id; default: one that Ray makes")

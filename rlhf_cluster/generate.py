@@ -80,8 +80,8 @@ def _refuse_output(output: Path | None, overwrite: bool) -> None:
 def _sampling(cfg: RunConfig, max_tokens: int | None, temperature: float | None) -> RunConfig:
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"--max-tokens {max_tokens}: it must be at least 1")
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise ConfigError(f"--temperature {temperature}: it must be above 0")
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ConfigError(f"--temperature {temperature}: it must be 0 (always the likeliest token) or above")
     given = cfg.generation
     generation = replace(
         given,

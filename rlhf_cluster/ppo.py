@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from rlhf_cluster.collection import Batches, collect, reasons
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.loop.admission import DROPPED, FILTERED, Batch
 from rlhf_cluster.loop.control import Control, KLCoefficient
-from rlhf_cluster.loop.guardrails import Alarm, Guardrails, Rail, gravest
+from rlhf_cluster.loop.guardrails import Alarm, Guardrails, Rail, gravest, moved_nothing
 from rlhf_cluster.records import Controls, ScoredRollouts, UpdateStats
 from rlhf_cluster.rooms import Rooms
 from rlhf_cluster.storage.checkpoints import Checkpoint, Checkpoints
@@ -72,7 +72,7 @@ class Start:
 
     step: int = 0
     control: Mapping[str, float] = field(default_factory=dict)
-    guardrails: Mapping[str, float] = field(default_factory=dict)
+    guardrails: Mapping[str, Any] = field(default_factory=dict)
 
 
 AT_FIRST = Start()
@@ -97,13 +97,15 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                 with log.timer("update"):
                     stats = await rooms.learner.update(step, controls)
                 alarms = early + rails.after(stats.metrics)
-                good = last_good(early, alarms, batch.rows, log)
+                good = last_good(early, alarms, batch.rows, rails, log)
                 await heed(alarms, good, rooms, stats.weight_version, log)
+                if good is not None or moved_nothing(stats.metrics):
+                    rails.note_same(stats.weight_version, step if good is None else good.step)
                 await served
                 with log.timer("update_weights"):
                     await rooms.learner.publish(stats.weight_version)
                 served = tasks.create_task(receive(rooms, stats.weight_version, log))
-                control.after(stats.metrics["objective/kl"], len(batch.rows))
+                control.after(stats.metrics.get("objective/kl", 0.0), len(batch.rows))
             heldout = await log.evaluate(stats.weight_version, served)
             # First, so that what a checkpoint has behind it is on record.
             write_down(step, batch, stats, controls, alarms, heldout, log)
@@ -137,12 +139,14 @@ class GuardrailError(RuntimeError):
     """A run that was stopped by one of its guardrails."""
 
 
-def last_good(early: Sequence[Alarm], alarms: Sequence[Alarm], rows: ScoredRollouts, log: Log) -> Checkpoint | None:
+def last_good(
+    early: Sequence[Alarm], alarms: Sequence[Alarm], rows: ScoredRollouts, rails: Guardrails, log: Log
+) -> Checkpoint | None:
     """The checkpoint to go back to, where that is asked: what was seen in samples is true of the policy that sampled
     them, which may have a checkpoint too; what was seen in the update, of none before it."""
     if gravest(alarms) != "rollback":
         return None
-    sampled = min(int(versions.min()) for versions in rows.weight_versions)
+    sampled = min(rails.first_of(int(version)) for versions in rows.weight_versions for version in np.unique(versions))
     return log.checkpoints.latest(below=sampled if gravest(early) == "rollback" else math.inf)
 
 
@@ -232,6 +236,7 @@ def write_down(
             **seconds,
             "rollout/filtered": float(len(batch.others.get(FILTERED, ()))),
             "fault/dropped": float(len(batch.others.get(DROPPED, ()))),
+            "fault/neutral": float(sum(map(bool, failures_of_parts(rows)))),
             **{f"guard/{alarm.name}": alarm.value for alarm in alarms},
             "actor/kl_coef": controls.kl_coef,
             "actor/kl_loss_coef": controls.kl_loss_coef,
@@ -241,6 +246,17 @@ def write_down(
         },
     )
     log.show(step, batch)
+
+
+def failures_of_parts(rows: ScoredRollouts) -> list[str]:
+    """For each row the parts of its score that failed, and why; nothing where none did."""
+    names = [name for name in rows.table.column_names if name.startswith("reward_failure/")]
+    columns = [rows.table.column(name).to_pylist() for name in names]
+    parts = [name.partition("/")[2] for name in names]
+    told = [
+        [f"{part}: {why}" for part, why in zip(parts, row, strict=True) if why] for row in zip(*columns, strict=True)
+    ]
+    return ["; ".join(row) for row in told]
 
 
 def parts_of_score(rows: ScoredRollouts) -> dict[str, float]:

@@ -203,9 +203,8 @@ def validate_reward(cfg: RunConfig) -> None:
         if need := needs.get(part.kind):
             require(bool(getattr(part, need)), f"{key}.{need} is empty; a part of kind {part.kind} needs it")
         if part.kind == "regex":
-            require(
-                _compiles(part.pattern), f"{key}.pattern={part.pattern}: it is no regular expression of Python's re"
-            )
+            fault = _fault_of_pattern(part.pattern)
+            require(not fault, f"{key}.pattern={part.pattern}: it is no regular expression of Python's re: {fault}")
         if part.kind == "http":
             require(
                 re.fullmatch(r"https?://[^\s/]+(/\S*)?", part.path) is not None,
@@ -223,9 +222,9 @@ def validate_reward(cfg: RunConfig) -> None:
     )
 
 
-def _compiles(pattern: str) -> bool:
+def _fault_of_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error:
-        return False
-    return True
+    except re.error as error:
+        return str(error)
+    return ""

@@ -1,4 +1,4 @@
-"""The typed tree of a run: every key, here and in `stages` and `rooms`, has its type, its default, its bound and a
+"""The typed tree of a run: every key, here and in `stages` and `workers`, has its type, its default, its bound and a
 sentence. What is loaded is treated as constant.
 """
 

@@ -79,6 +79,11 @@ def _validate_data(cfg: RunConfig) -> None:
         f"data.heldout_comparisons={cfg.data.heldout_comparisons} goes with rankings of a file: give data=files and "
         "data.comparisons, and no rm.ranking.labeler",
     )
+    require(
+        cfg.data.source != "files" or not cfg.data.comparisons or not cfg.rm.ranking.labeler,
+        f"data.comparisons={cfg.data.comparisons}, but rm.ranking.labeler={cfg.rm.ranking.labeler} has the policy's "
+        "own samples ranked instead; set rm.ranking.labeler= (nothing) to learn from the file, or give none",
+    )
     if cfg.data.source in ("hh", "oasst"):
         require(bool(cfg.data.path), f"data.path is empty; data={cfg.data.source} needs the file it reads")
     if cfg.data.source == "files":

@@ -99,7 +99,7 @@ def _read_file(file: Path, on_error: OnError) -> Iterator[RawRow | None]:
     if not file.exists():
         raise DataError(Place(str(file)), "no such file or directory")
     if not _kind(file):
-        raise DataError(Place(str(file)), "unknown kind of file", f"readable are {', '.join(READERS)}")
+        raise DataError(Place(str(file)), "unknown kind of file", f"rows are read from {', '.join(READERS)}")
     if file.stat().st_size == 0:
         raise DataError(Place(str(file)), "empty file")
     try:

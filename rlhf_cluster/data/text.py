@@ -39,7 +39,12 @@ def text_of(row: RawRow) -> str:
 
 def text_tokens(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     """The length of each document in tokens, without the EOS after it."""
-    return [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return [len(_ids(text, tokenizer)) for text in texts]
+
+
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Of a document, which may be longer than a model reads at once: transformers would warn of that."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _plain_texts(path: str) -> Iterator[str]:
@@ -55,7 +60,7 @@ def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, tokens: int, place: P
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError(place, "the tokenizer has no EOS token", "every document ends with one; set it")
-    documents = [np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], eos], np.int32) for text in texts]
+    documents = [np.array([*_ids(text, tokenizer), eos], np.int32) for text in texts]
     ids = np.concatenate([np.empty(0, np.int32), *documents])
     count = len(ids) // tokens
     if not count:

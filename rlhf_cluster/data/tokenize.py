@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     eos_token_id: int | None
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool = True) -> Any: ...
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool

@@ -24,7 +24,7 @@ class HeldOut:
     """Scored samples in the order of their members: `samples_per_prompt` of each prompt stand side by side."""
 
     rollouts: ScoredRollouts
-    gold: np.ndarray  # [prompts, samples]
+    gold: np.ndarray  # [prompts, samples]; NaN where the reward is the judge and failed
     samples_per_prompt: int
 
     def table(self) -> pa.Table:
@@ -44,7 +44,7 @@ class HeldOut:
         kl = self.kl()
         scored = zip(self.rollouts.score.tolist(), self.rollouts.failure, strict=True)
         return {
-            "eval/gold": float(self.gold.mean()),
+            "eval/gold": float(np.nanmean(self.gold)),
             "eval/score": float(np.mean([score for score, failure in scored if not failure] or [np.nan])),
             "eval/response_length": float(np.mean([*map(len, self.rollouts.response_ids)])),
             **({} if kl is None else {"eval/kl": float(kl.mean())}),
@@ -60,17 +60,19 @@ def read_heldout(path: Path, samples_per_prompt: int) -> HeldOut:
 
 
 class HeldOutError(RuntimeError):
-    """Held-out samples without a score, of which nothing can be said."""
+    """Samples without a score, of which nothing can be said."""
 
 
-def require_scores(failures: Sequence[str]) -> None:
-    """Raises HeldOutError where a reward has failed: a sample that nobody scored must not count as one of score 0."""
-    if failed := Counter(failure for failure in failures if failure):
-        reason, _ = failed.most_common(1)[0]
+def with_scores(scores: Sequence[float], failures: Sequence[str]) -> np.ndarray:
+    """The scores, NaN where a reward has failed: a sample that nobody scored must not count as one of score 0. Raises
+    HeldOutError where all have failed."""
+    if len(failures) and all(failures):
+        reason, _ = Counter(failures).most_common(1)[0]
         raise HeldOutError(
-            f"{failed.total()} of {len(failures)} held-out samples have no score ({reason}); mend the reward and give "
-            "the same command again: the run goes on from here"
+            f"none of {len(failures)} samples has a score ({reason}); mend the reward and give the same command again: "
+            "the run goes on from here"
         )
+    return np.array([np.nan if failure else score for score, failure in zip(scores, failures, strict=True)])
 
 
 async def sample_heldout(rooms: Rooms, members: Members, samples_per_prompt: int, gold: Judge | None) -> HeldOut:
@@ -81,12 +83,10 @@ async def sample_heldout(rooms: Rooms, members: Members, samples_per_prompt: int
         async for rollouts in rooms.generation.sample(members):
             scoring.append(side_by_side.create_task(_scored(rooms, rollouts)))
     arrived = ScoredRollouts.concat([task.result() for task in scoring])
-    if gold is None:
-        require_scores(arrived.failure)
     place = {sample_id: row for row, sample_id in enumerate(arrived.sample_id)}
     scored = arrived.take([place[sample_id] for sample_id in members.sample_id])
-    scores = scored.score.tolist() if gold is None else list(gold(scored))
-    return HeldOut(scored, np.array(scores, float).reshape(-1, samples_per_prompt), samples_per_prompt)
+    scores = with_scores(scored.score, scored.failure) if gold is None else np.array(gold(scored), float)
+    return HeldOut(scored, scores.reshape(-1, samples_per_prompt), samples_per_prompt)
 
 
 async def _scored(rooms: Rooms, rollouts: Rollouts) -> ScoredRollouts:
@@ -95,13 +95,20 @@ async def _scored(rooms: Rooms, rollouts: Rollouts) -> ScoredRollouts:
 
 
 def compare_heldout(before: HeldOut, after: HeldOut, gold: Gold) -> Comparison:
-    """Paired over prompts; see `telemetry.comparison.compare`."""
-    kl = after.kl()
-    return compare(before.gold.tolist(), after.gold.tolist(), kl.tolist() if kl is not None else None, gold)
+    """Paired over the prompts all of whose samples have a score; see `telemetry.comparison.compare`."""
+    kl, told = after.kl(), _told(before, after)
+    return compare(
+        before.gold[told].tolist(), after.gold[told].tolist(), None if kl is None else kl[told].tolist(), gold
+    )
+
+
+def _told(before: HeldOut, after: HeldOut) -> np.ndarray:
+    """Which prompts have a score for every sample, bool [prompts]."""
+    return np.isfinite(before.gold).all(1) & np.isfinite(after.gold).all(1)
 
 
 def samples(before: HeldOut, after: HeldOut, text: Callable[[Any], str]) -> list[Sample]:
-    """The first sample of every prompt, before and after."""
+    """The first sample of every prompt that is compared, before and after."""
     step = before.samples_per_prompt
     return [
         Sample(
@@ -111,5 +118,5 @@ def samples(before: HeldOut, after: HeldOut, text: Callable[[Any], str]) -> list
             float(before.gold.ravel()[row]),
             float(after.gold.ravel()[row]),
         )
-        for row in range(0, len(before.rollouts), step)
+        for row in np.flatnonzero(_told(before, after)) * step
     ]

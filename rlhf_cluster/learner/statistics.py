@@ -61,8 +61,9 @@ class Tally:
         return means | total.tops | total.bottoms
 
 
-def tally_experience(tally: Tally, experience: Experience, weight_version: int) -> None:
-    """The batch before the update: scores, rewards, KL to the reference, lengths, staleness, sampler mismatch."""
+def tally_experience(tally: Tally, experience: Experience, weight_version: int, referenced: bool) -> None:
+    """The batch before the update: scores, rewards, KL to the reference where there is one, lengths, staleness, sampler
+    mismatch."""
     rows = experience.rows
     tally.spread("critic/score", np.array([row.score for row in rows]))
     tally.spread("critic/rewards", _flat(experience.rewards))
@@ -70,8 +71,9 @@ def tally_experience(tally: Tally, experience: Experience, weight_version: int) 
     tally.spread("response_length", np.array([len(row.response_ids) for row in rows]))
     tally.mean("response_length/clip_ratio", sum(not row.ended for row in rows), len(rows))
     tally.mean("objective/scores", sum(row.score for row in rows), len(rows))
-    kl = [float((row.old_logprobs - row.ref_logprobs).sum()) for row in rows]
-    tally.mean("objective/kl", sum(kl), len(rows))
+    if referenced:
+        kl = [float((row.old_logprobs - row.ref_logprobs).sum()) for row in rows]
+        tally.mean("objective/kl", sum(kl), len(rows))
     tally.mean("objective/rlhf_reward", _flat(experience.rewards).sum(), len(rows))
     tally.mean("objective/non_score_reward", _flat(experience.non_score_rewards).sum(), len(rows))
     entropies = _flat([row.entropies for row in rows])

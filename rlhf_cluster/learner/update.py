@@ -74,7 +74,7 @@ class Updater:
 
     def run(self, plan: BatchPlan, seed: int, weight_version: int, rates: StepRates, step: int) -> dict[str, float]:
         """All epochs over all minibatches, or none where it is not to `learn`; the batch's metrics over all ranks."""
-        tally_experience(self._tally, self._experience, weight_version)
+        tally_experience(self._tally, self._experience, weight_version, self._cfg.kl.kind != "none")
         judged = self._models.critic.judged(self._experience, self._tally)
         samples = effective_samples(self._experience, self._models.ranks)
         own = [[self._experience.index[i] for i in ids if i in self._experience.index] for ids in plan.minibatches]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class Guardrails:
     def __init__(self, rails: Mapping[str, Rail], not_finite: str = "stop", max_skips: float = math.inf) -> None:
         self._rails, self._not_finite, self._max_skips = rails, not_finite, max_skips
         self._skips = 0.0  # in a row
+        self._same: dict[int, int] = {}  # versions that got the weights of an earlier one, and which
         self._first_length = 0.0  # mean response length of the first batch, which drift is measured from
 
     def before(self, batch: ScoredRollouts) -> list[Alarm]:
@@ -61,8 +63,9 @@ class Guardrails:
         length = float(len(tokens)) / len(batch)
         self._first_length = self._first_length or length
         drift = max(length / self._first_length, self._first_length / length)
+        lengths = f"{length:.1f} tokens, at first {self._first_length:.1f}"
         found = [
-            self._above("length", drift, f"times the first length: {length:.1f} tokens, then {self._first_length:.1f}"),
+            self._above("length", drift, f"times off the first length: {lengths}"),
             self._below("entropy", -float(tokens.mean(dtype=np.float64)), "nats per token of the policy's entropy"),
         ]
         if isinstance(batch, ReferencedRollouts):
@@ -96,12 +99,22 @@ class Guardrails:
             alarms.append(Alarm("max_skips", "stop", words, self._skips))
         return alarms
 
-    def state(self) -> dict[str, float]:
-        """All that `restore` needs."""
-        return {"first_length": self._first_length, "skips": self._skips}
+    def note_same(self, version: int, earlier: int) -> None:
+        """`version` has the weights of `earlier`: nothing moved, or a checkpoint came back."""
+        self._same[version] = self.first_of(earlier)
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def first_of(self, version: int) -> int:
+        """The first version with the weights of `version`: what is older is of another policy."""
+        return self._same.get(version, version)
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs."""
+        same = {str(version): first for version, first in self._same.items()}
+        return {"first_length": self._first_length, "skips": self._skips, "same": same}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
         self._first_length, self._skips = state.get("first_length", 0.0), state.get("skips", 0.0)
+        self._same = {int(version): first for version, first in state.get("same", {}).items()}
 
     def _above(self, name: str, value: float, words: str) -> Alarm | None:
         rail = self._rails.get(name, Rail())

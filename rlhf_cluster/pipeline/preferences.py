@@ -15,6 +15,7 @@ from rlhf_cluster.pipeline.context import Run
 from rlhf_cluster.ranking import RankingError, rank_samples, split_comparisons
 from rlhf_cluster.records import Comparisons
 from rlhf_cluster.telemetry.calibration import calibration, write_calibration
+from rlhf_cluster.telemetry.metrics import read_metrics
 
 COMPARISONS_FILE = "comparisons.parquet"
 
@@ -51,6 +52,12 @@ def run_dpo(run: Run) -> None:
             run.cfg.dpo, run.cfg.model, run.cfg.seed, run.start_policy, comparisons, heldout, output / "policy"
         )
         run.on_ranks(dpo.STAGE, dpo.train, job, run.cfg.dpo.resources)
+    last = [record.metrics for record in read_metrics(run.directory.metrics) if record.stage == dpo.STAGE][-1]
+    if (accuracy := last.get("dpo/heldout_accuracy")) is not None:
+        run.progress.note(
+            f"{run.cfg.dpo.loss}: the policy's own rewards agree with {accuracy:.3f} of the pairs of {len(heldout)} "
+            f"held-out prompts, mean margin {last['dpo/heldout_margin']:.3f}"
+        )
 
 
 def _rankings(run: Run) -> tuple[Comparisons, Comparisons]:

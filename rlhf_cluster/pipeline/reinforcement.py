@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,7 @@ async def _run_ppo(run: Run) -> None:
         await _serve_average(run, opened, cfg.ppo.steps)
         after = await _heldout(run, opened, "after")
         _compare(run, before, after)
+        _look_at_the_last(run, after)
         peaks = await opened.peak_memory()
         memory = {f"memory_gb/{name.replace(' ', '_')}": peak / 1e9 for name, peak in peaks.items()}
         last_checkpoint = timer.take()
@@ -152,10 +154,22 @@ async def _heldout(run: Run, opened: OpenRooms, when: str) -> HeldOut:
 def _compare(run: Run, before: HeldOut, after: HeldOut) -> None:
     gold = gold_of(run.cfg.evaluation.gold, {part.kind for part in run.cfg.reward.parts})
     comparison = compare_heldout(before, after, gold)
+    if left_out := len(before.gold) - comparison.prompts:
+        run.progress.note(f"{left_out} held-out prompts are left out: some of their samples have no score")
     write_samples(run.directory.path / SAMPLES_FILE, samples(before, after, run.inputs.text))
     pq.write_table(after.table(), run.directory.path / "heldout_after.parquet")
     replace_text(run.directory.path / COMPARISON_FILE, comparison.to_json(), "the comparison")
     run.progress.comparison(comparison)
+
+
+def _look_at_the_last(run: Run, after: HeldOut) -> None:
+    """Nothing is sampled to train on after the last update, so its KL is looked at here."""
+    kl, limit = after.kl(), run.cfg.ppo.guardrails.kl.limit
+    if kl is not None and limit and kl.mean() > limit:
+        run.progress.note(
+            f"the last update led beyond ppo.guardrails.kl: {kl.mean():.4g} nats per response from the reference on "
+            f"held-out prompts; the limit is {limit:g}"
+        )
 
 
 def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
@@ -169,6 +183,9 @@ def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
 def _show(run: Run, step: int, batch: Batch) -> None:
     if failures := reasons(batch):
         run.progress.note(f"iteration {step + 1}: samples failed and were not trained on: {failures}")
+    if neutral := Counter(filter(None, ppo.failures_of_parts(batch.rows))):
+        told = "; ".join(f"{count} x {failure}" for failure, count in neutral.most_common(3))
+        run.progress.note(f"iteration {step + 1}: parts of the score failed and count as reward.neutral_score: {told}")
     every = run.cfg.logging.sample_every
     if every and step % every == 0:
         rows = batch.rows

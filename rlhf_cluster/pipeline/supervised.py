@@ -14,11 +14,11 @@ from rlhf_cluster.cluster.placement import open_judges
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.batches import heldout_members
 from rlhf_cluster.data.seeded import seeded_order
-from rlhf_cluster.evaluation.heldout import require_scores
+from rlhf_cluster.evaluation.heldout import with_scores
 from rlhf_cluster.inputs import Inputs
 from rlhf_cluster.interrupts import run_async
 from rlhf_cluster.pipeline.context import Run
-from rlhf_cluster.records import Pretraining, Prompts
+from rlhf_cluster.records import Pretraining, Prompts, Scores
 
 EPOCHS = "sft-epochs"  # the output that waits for one of its epochs to be chosen
 SELECTION_STEP = -2  # the label of the batch that SFT's epochs are told apart by
@@ -85,5 +85,5 @@ async def _mean_score(run: Run, prompts: Prompts, policy: Path) -> float:
     members = heldout_members(prompts, SELECTION_STEP, cfg.evaluation.samples_per_prompt, cfg.seed)
     async with open_judges(cfg, run.attempt, policy) as (generation, reward):
         scores = [await reward.score(rollouts) async for rollouts in generation.sample(members)]
-    require_scores([failure for part in scores for failure in part.failure])
-    return float(np.mean(np.concatenate([part.score for part in scores])))
+    whole = Scores.concat(scores)
+    return float(np.nanmean(with_scores(whole.score, whole.failure)))

@@ -46,8 +46,12 @@ def gold_of(labeler: str, rewards: Collection[str]) -> Gold:
     of."""
     if not labeler:
         return Gold("the reward itself", REWARD_NOTE)
-    if labeler in rewards:
+    if set(rewards) == {labeler}:
         return Gold(f"{labeler}, the reward itself", REWARD_NOTE)
+    if labeler in rewards:
+        return Gold(
+            f"{labeler}, a part of the reward", f"'{labeler}' is one of the parts that PPO was trained to raise."
+        )
     return Gold(labeler, VADER_NOTE if labeler == "vader" else f"PPO never sees the scores of '{labeler}'.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -567,6 +568,24 @@ def test_what_is_seen_in_samples_is_not_cured_by_the_checkpoint_of_their_own_pol
         run(save_every=save_every, **rails)
         assert run.fakes.learner.loaded == [f"version {back}"]
         assert not any(f"step-{back + 1}" in path.name for path in run.checkpoints.directory.iterdir())
+
+
+def test_a_policy_that_came_back_is_not_cured_by_itself(tmp_path: Path) -> None:
+    """The samples of iterations 4 and 5 are far from the reference. Iteration 4 goes back from version 3 to 2, which is
+    version 4 then and has its checkpoint as 4 as well; what 5 saw is true of 2, so it goes back to 1."""
+    run = RunOfLoop(tmp_path)
+    near = run.fakes.reference.logprobs
+
+    async def far_away(rollouts: Rollouts) -> RefLogprobs:
+        found = await near(rollouts)
+        apart = [logprobs - 50.0 * (rollouts.step[0] >= 3) for logprobs in found.ref_logprobs]
+        return RefLogprobs.of({"sample_id": found.sample_id, "ref_logprobs": apart})
+
+    run.fakes.reference.logprobs = far_away  # type: ignore[method-assign]
+    run(save_every=1, **rail(kl=RailConfig(40.0, "rollback")))
+    assert run.fakes.learner.loaded == ["version 2", "version 1"]
+    told = [json.loads((one / ppo.RUN_STATE).read_text()) for one in sorted(run.checkpoints.directory.iterdir())]
+    assert [state["guardrails"]["same"] for state in told] == [{}, {"4": 2, "5": 1}]
 
 
 def test_without_a_checkpoint_a_rollback_is_the_end(tmp_path: Path) -> None:

@@ -389,6 +389,13 @@ def test_dynamic_sampling_needs_groups() -> None:
             r"coef=0\.02, ppo\.kl\.loss_coef=0\.1: ppo\.kl\.kind=adaptive steers one",
         ),
         (
+            [
+                *("data.source=files", "data.prompts=p", "data.demonstrations=d", "data.comparisons=mine.jsonl"),
+                "rm.ranking.labeler=vader",
+            ],
+            r"data\.comparisons=mine\.jsonl, but rm\.ranking\.labeler=vader has the policy's own samples ranked in",
+        ),
+        (
             ["weights.kv=keep", "weights.running=abort"],
             r"weights\.kv=keep, but weights\.running=abort leaves no response to keep it for; use weights\.kv=re",
         ),

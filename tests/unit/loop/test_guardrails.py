@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -57,6 +58,15 @@ def test_without_a_reference_there_is_no_kl() -> None:
     assert Guardrails({"kl": Rail(0.1)}).before(rows) == []
 
 
+def test_versions_of_the_same_weights_are_known_by_the_first_also_after_a_restart() -> None:
+    rails = Guardrails({})
+    rails.note_same(5, 3)
+    rails.note_same(6, 5)
+    again = Guardrails({})
+    again.restore(json.loads(json.dumps(rails.state())))
+    assert [again.first_of(version) for version in (3, 4, 5, 6, 7)] == [3, 4, 3, 3, 7]
+
+
 def test_entropy_by_hand() -> None:
     """Tokens, not responses: -(-1 - 1 - 1 - 3) / 4 = 1.5."""
     rows = batch([[-1.0] * 3, [-3.0]])
@@ -73,7 +83,9 @@ def test_lengths_drift_either_way_from_the_first_also_after_a_restart(length: in
     again = Guardrails({"length": Rail(2.0, "skip")})
     again.restore(rails.state())
     found = named(again.before(batch([[-1.0] * length])))
-    assert found == {"length": ("skip", f"3 times the first length: {length:.1f} tokens, then 3.0; the limit is 2")}
+    assert found == {
+        "length": ("skip", f"3 times off the first length: {length:.1f} tokens, at first 3.0; the limit is 2")
+    }
 
 
 def test_what_the_update_says_of_itself() -> None:

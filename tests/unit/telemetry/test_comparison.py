@@ -102,8 +102,10 @@ def test_who_scored_is_said() -> None:
     assert gold_of("exact", ["model"]).about == "PPO never sees the scores of 'exact'."
 
 
-@pytest.mark.parametrize(("labeler", "rewards"), [("", ["model"]), ("exact", ["exact", "length"])])
+@pytest.mark.parametrize(
+    ("labeler", "rewards"), [("", ["model"]), ("exact", ["exact"]), ("exact", ["exact", "length"])]
+)
 def test_a_score_that_was_trained_on_is_never_said_to_be_unseen(labeler: str, rewards: list[str]) -> None:
     gold = gold_of(labeler, rewards)
     assert "trained to raise" in gold.about and "never sees" not in gold.about
-    assert gold.name.endswith("the reward itself")
+    assert gold.name.endswith("a part of the reward" if len(rewards) > 1 else "the reward itself")
