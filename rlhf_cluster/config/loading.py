@@ -6,6 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import yaml
@@ -141,8 +142,28 @@ def _check_keys(overrides: Sequence[Override]) -> None:
         if key not in keys:
             near = _nearest(key, keys)
             raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-        if isinstance(keys.get(key), list | tuple) and not isinstance(value, list):
-            raise ConfigError(f"{key}={value}: it must be a list, as {key}=[{value}]")
+        if isinstance(known := keys.get(key), list | tuple):
+            _check_list(key, value, known)
+
+
+def _check_list(key: str, value: object, known: Sequence[object]) -> None:
+    """`known`: its default. A list of sections is told from it, since only the first of its words would be Hydra's."""
+    section = vars(known[0]) if known and is_dataclass(known[0]) else {}
+    first = next(iter(section), "")
+    if not isinstance(value, list):
+        example = f"{{{first}: {value}}}" if section else value
+        raise ConfigError(f"{key}={value}: it must be a list, as {key}=[{example}]")
+    for index, one in enumerate(value if section else ()):
+        where = f"{key}[{index}]"
+        if not isinstance(one, dict):
+            raise ConfigError(f"{where}={one}: it must be a section, as {{{first}: {one}}}")
+        for name, inner in one.items():
+            if name not in section:
+                near = difflib.get_close_matches(name, section, n=1, cutoff=0.5)
+                told = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(section)}"
+                raise ConfigError(f"{where}: unknown key {name!r}{told}")
+            if isinstance(section[name], float) and not isinstance(inner, int | float):
+                raise ConfigError(f"{where}.{name}={inner}: it must be a number")
 
 
 def _flat(key: str, value: object, sections: Collection[str]) -> Iterator[tuple[str, object]]:

@@ -128,6 +128,13 @@ def test_the_papers_numbers_are_the_defaults(cfg: RunConfig) -> None:
             r"^unknown key 'ppo\.guardrails\.kl\.limt'; did you mean ppo\.guardrails\.kl\.limit",
         ),
         ("stages=sft", r"^stages=sft: it must be a list, as stages=\[sft\]$"),
+        ("reward.parts=length", r"^reward\.parts=length: it must be a list, as reward\.parts=\[\{kind: length\}\]$"),
+        ("reward.parts=[length]", r"^reward\.parts\[0\]=length: it must be a section, as \{kind: length\}$"),
+        (
+            "reward.parts=[{kind: length, wieght: 1}]",
+            r"^reward\.parts\[0\]: unknown key 'wieght'; did you mean weight\?$",
+        ),
+        ("reward.parts=[{kind: length}, {kind: random, weight: abc}]", r"parts\[1\]\.weight=abc: it must be a number$"),
         ("kl=3", r"^kl=3: there is no such kl; there are adaptive, fixed, loss, none$"),
         ("model=nope", r"^model=nope: there is no such model; there are gpt2, .*tiny$"),
         ("recipe=nope", r"^recipe=nope: there is no such recipe; there are hh, "),
