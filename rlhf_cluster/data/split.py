@@ -18,7 +18,7 @@ from rlhf_cluster.data.seeded import seeded_order
 
 TooLong = Literal["refuse", "drop"]
 
-SET_ASIDE = "of held-out prompts, or of their kind"
+SET_ASIDE = "{} of what is held out (data.heldout_prompts, data.heldout_fraction)"
 ALL_TIED = "all responses tied"
 DUPLICATE = "duplicate prompt"
 
@@ -70,7 +70,7 @@ def split(pool: Pool, cfg: DataConfig, seed: int) -> Corpus:
     prompts, held_prompts = _part(pool.prompts, lambda row: pool.group(row) in held)
     comparisons, held_comparisons = _part(pool.comparisons, lambda row: pool.group(row.prompt) in held)
     if pool.heldout_comparisons:
-        pool.drops.add_count(SET_ASIDE, len(held_comparisons))
+        pool.drops.add_count(SET_ASIDE.format("comparisons"), len(held_comparisons))
         held_comparisons = pool.heldout_comparisons
     demonstrations, aside = _part(pool.demonstrations, lambda row: pool.group(row.prompt) in held)
     _refuse_empty(pool, cfg, prompts, comparisons, demonstrations)
@@ -83,7 +83,8 @@ def split(pool: Pool, cfg: DataConfig, seed: int) -> Corpus:
         dropped={},
         too_long=pool.too_long,
     )
-    pool.drops.add_count(SET_ASIDE, len(aside) + len(held_prompts) - len(kept.heldout_prompts))
+    pool.drops.add_count(SET_ASIDE.format("demonstrations"), len(aside))
+    pool.drops.add_count(SET_ASIDE.format("prompts"), len(held_prompts) - len(kept.heldout_prompts))
     pool.drops.add_count("beyond data.max_prompts", len(prompts) - len(kept.prompts))
     pool.drops.add_count("beyond data.max_demonstrations", len(demonstrations) - len(kept.demonstrations))
     pool.drops.add_count("beyond data.max_comparisons", len(comparisons) - len(kept.comparisons))

@@ -70,13 +70,17 @@ class RunLayout:
 class RunDirectory(RunLayout):
     """A run's directory, claimed by this process from construction to `close` (or the end of a `with` block).
 
-    Raises StorageError when another driver holds it, naming its process, or when it cannot be made.
+    Raises StorageError when another driver holds it, naming its process, when it holds files that are of no run, or
+    when it cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._make(path)
-        self._lock = RunLock(path / "driver.lock")
+        lock = path / "driver.lock"
+        if not self.holds_run:
+            _refuse_what_is_of_others(path, lock)
+        self._lock = RunLock(lock)
         self.attempt = 0  # none begun
         try:
             self._make(self.config, self.rollouts, self.checkpoints, self.stages)
@@ -153,3 +157,11 @@ class RunDirectory(RunLayout):
                 raise StorageError(
                     f"{directory} cannot be made ({error.strerror}); choose another run directory"
                 ) from error
+
+
+def _refuse_what_is_of_others(path: Path, lock: Path) -> None:
+    """A run that has not begun has its lock at least."""
+    found = sorted(one.name for one in path.iterdir())
+    if found and not lock.is_file():
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise StorageError(f"{path} holds files that are of no run ({shown}); name a new directory, or an empty one")

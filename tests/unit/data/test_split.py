@@ -137,7 +137,9 @@ def test_comparisons_that_the_source_holds_out_keep_their_prompts_from_training(
     assert len(corpus.heldout_prompts) == 3
     away = sum(row.prompt.id in held for row in made.comparisons)  # 4 of t3 and t4, and those of the third prompt
     assert away >= 4 and len(corpus.comparisons) == 12 - away
-    assert (
-        corpus.dropped["of held-out prompts, or of their kind"] == away + 3
-        and corpus.dropped["all responses tied"] == 1
-    )
+    of_held = "of what is held out (data.heldout_prompts, data.heldout_fraction)"
+    assert corpus.dropped == {
+        f"comparisons {of_held}": away,
+        f"demonstrations {of_held}": 3,
+        "all responses tied": 1,
+    }

@@ -159,3 +159,16 @@ def test_a_path_that_is_a_file(tmp_path: Path) -> None:
         RunDirectory(tmp_path / "file")
     with pytest.raises(StorageError, match="cannot be made"):
         RunDirectory(tmp_path / "file" / "run")
+
+
+def test_a_directory_with_files_of_no_run_is_left_alone(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(StorageError, match=r"holds files that are of no run \(a, b, c, \.\.\.\); name a new directory"):
+        RunDirectory(tmp_path)
+    assert names(tmp_path) == set("abcd")
+    begun = tmp_path / "begun"
+    with RunDirectory(begun):
+        pass
+    (begun / "notes").write_text("mine")
+    RunDirectory(begun).close()
