@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rlhf_cluster.config import ConfigError, RewardPart, RunConfig, load, load_file, part_names, to_yaml
-from rlhf_cluster.interrupts import heed_sigterm
+from rlhf_cluster.interrupts import first_cause, heed_sigterm
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 RUN_DIR = "the directory of a run, as runs/quickstart"
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        cause = _first_cause(error)
+        cause = first_cause(error)
         # Our own errors are sentences; for a library's, where it came from may help.
         hint = "" if type(cause).__module__.startswith("rlhf_cluster") else " (--traceback shows where)"
         print(f"rlhf-cluster: {str(cause) or type(cause).__name__}{hint}", file=sys.stderr)
@@ -48,13 +48,6 @@ def refusals() -> tuple[type[Exception], ...]:
     from rlhf_cluster.models import ModelError
 
     return ConfigError, DataError, ModelError
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The first real error: task groups wrap what went wrong."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """How Ctrl-C and SIGTERM reach the work: as KeyboardInterrupt, and inside a coroutine as its cancellation.
 
-A stopped job thus ends as one that was interrupted: cleanly, with its last checkpoint intact.
+A stopped job thus ends as one that was interrupted: cleanly, with its last checkpoint intact. And what it was that
+ended one, of all that task groups wrapped around it.
 """
 
 from __future__ import annotations
@@ -68,3 +69,10 @@ def _handle(numbers: list[signal.Signals], handler: Callable[[int, Any], None]) 
 
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first real error: task groups wrap what went wrong."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -12,6 +12,7 @@ from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.config import ConfigError, Resources, RunConfig, differences, load_file, to_yaml
 from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.inputs import load_inputs
+from rlhf_cluster.interrupts import first_cause
 from rlhf_cluster.pipeline import reinforcement
 from rlhf_cluster.pipeline.context import Run
 from rlhf_cluster.pipeline.preferences import run_dpo, run_rm
@@ -60,8 +61,8 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                             progress.note(f"{stage}: finished before, its output is used")
                         else:
                             STAGES[stage](whole)
-            except* (ppo.GuardrailError, ppo.EmptyBatchError):
-                _report_a_stop(path, progress)
+            except* (ppo.GuardrailError, ppo.EmptyBatchError) as stop:
+                _report_a_stop(path, progress, str(first_cause(stop)))
                 raise
             finally:
                 directory.sweep()
@@ -72,10 +73,10 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
     return path
 
 
-def _report_a_stop(path: Path, progress: Progress) -> None:
+def _report_a_stop(path: Path, progress: Progress, why: str) -> None:
     """The report says what led to it. Where it cannot be made, why the run stopped is still what is raised."""
     try:
-        progress.note(f"report: {write_report(path)}")
+        progress.note(f"report: {write_report(path, why)}")
     except (StorageError, MetricError, ReportError) as error:
         progress.note(f"there is no report: {error}")
 

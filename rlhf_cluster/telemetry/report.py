@@ -87,8 +87,8 @@ class StageSummary:
     figures: tuple[Figure, ...]
 
 
-def write_report(run_dir: Path) -> Path:
-    """Writes `run_dir`/report.html, whole or not at all, and returns its path.
+def write_report(run_dir: Path, stopped: str = "") -> Path:
+    """Writes `run_dir`/report.html, whole or not at all, and returns its path. `stopped`: why the run was, if it was.
 
     Raises FileNotFoundError without `metrics.jsonl`, MetricError, ReportError or StorageError on a file that
     cannot be read.
@@ -99,7 +99,7 @@ def write_report(run_dir: Path) -> Path:
     environment.filters["printable"] = printable
     environment.filters["steps"] = incidents.steps_text
     environment.filters["range"] = incidents.range_text
-    page = environment.get_template("report.html.j2").render(_contents(run_dir))
+    page = environment.get_template("report.html.j2").render(_contents(run_dir), stopped=stopped)
     target = run_dir / REPORT_FILE
     replace_text(target, page, "the report")
     return target

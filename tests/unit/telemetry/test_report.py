@@ -139,6 +139,9 @@ def test_metrics_alone_are_enough(tmp_path: Path) -> None:
 def test_an_empty_log_still_makes_a_page(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "This run has no comparison" in write_report(tmp_path).read_text()
+    stopped = write_report(tmp_path, "iteration 3 was stopped: <kl>").read_text()
+    assert "This run was stopped." in stopped and "iteration 3 was stopped: &lt;kl&gt;" in stopped
+    assert "no comparison" not in stopped
 
 
 def test_a_broken_file_leaves_the_last_report_as_it_was(full: Path) -> None:
