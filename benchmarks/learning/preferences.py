@@ -1,6 +1,6 @@
 """What does a reward model of 135M parameters learn from people's preferences? Trained on Anthropic's hh-rlhf
 (harmless), judged on conversations that were held out, with the obvious things tried: learning rate, epochs, longer
-rows, a start from SFT, rankings of OpenAssistant added.
+rows, a start from SFT, rankings of OpenAssistant added. And on OpenAssistant's rankings alone, as its recipe has it.
 
     python benchmarks/learning/preferences.py --hh FILE --oasst FILE [--seeds 0 1 2] [--tries 0] [--threads 2]
         [--variants NAME ...] [--out DIR]
@@ -8,9 +8,9 @@ rows, a start from SFT, rankings of OpenAssistant added.
 A seed splits anew, by conversation. Seeds in `--tries` run every variant; the others run the recipe and the variant
 that was best there, and the table has the means of these alone where there are any: what is chosen by looking looks
 better than it is. (A seed's held-out conversations may be another's too.) Beside them stands what words alone give, on
-the same pairs (`tfidf.py`). Every run is `rlhf-cluster run`, as a person types it, of 20 minutes and more on two cores;
-what is finished, or has its figures in `preferences.json` already, is not run again. Writes that file after every run,
-and prints the table.
+the same pairs (`tfidf.py`; of OpenAssistant on all, while its recipe leaves out those that are too long). Every run is
+`rlhf-cluster run`, as a person types it, of 20 minutes and more on two cores; what is finished, or has its figures in
+`preferences.json` already, is not run again. Writes that file after every run, and prints the table.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Variant:
     context: int = CONTEXT
 
 
+OASST = "OpenAssistant alone: its recipe"
 RM = arms.options(stages="[rm]")
 VARIANTS = {
     RECIPE: Variant(RM),
@@ -64,10 +65,10 @@ VARIANTS = {
 
 @dataclass
 class Found:
-    """Figures by variant and seed, and the share of the pairs that words alone get right, by seed."""
+    """Figures by variant and seed, and the share of the pairs that words alone get right, by data set and seed."""
 
     variants: dict[str, dict[int, RMEvaluation]]
-    words: dict[int, float]
+    words: dict[str, dict[int, float]]
 
     @classmethod
     def read(cls) -> Found:
@@ -75,9 +76,10 @@ class Found:
         told = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"variants": {}, "words": {}}
         variants = {
             name: {int(seed): RMEvaluation(**one, margins=[]) for seed, one in told["variants"].get(name, {}).items()}
-            for name in VARIANTS
+            for name in [*VARIANTS, OASST]
         }
-        return cls(variants, {int(seed): share for seed, share in told["words"].items()})
+        words = {name: {int(s): share for s, share in told["words"].get(name, {}).items()} for name in ("hh", "oasst")}
+        return cls(variants, words)
 
     def write(self) -> None:
         variants = {name: {seed: facts(one) for seed, one in seeds.items()} for name, seeds in self.variants.items()}
@@ -98,13 +100,25 @@ def main() -> None:
 
     def judge(seed: int, names: Iterable[str]) -> None:
         directory = args.out / f"seed-{seed}"
-        found.words[seed] = write_rows(directory / "data", args.hh, args.oasst, seed)
-        print(f"seed {seed}, {WORDS}: {found.words[seed]:.3f}", flush=True)
+        found.words["hh"][seed] = write_rows(directory / "data", args.hh, args.oasst, seed)
+        print(f"seed {seed}, {WORDS}: {found.words['hh'][seed]:.3f}", flush=True)
         for name in names:
-            of_seeds = found.variants[name]
-            of_seeds[seed] = of_seeds.get(seed) or evaluated(directory, name, seed, args.threads)
-            found.write()
-            print(f"seed {seed}, {name}: {of_seeds[seed]}", flush=True)
+            run_once(directory, name, seed, of_hh(VARIANTS[name], directory / "data"))
+
+    def judge_oasst(seed: int) -> None:
+        own = load_corpus(DataConfig(source="oasst", path=str(args.oasst), heldout_prompts=32), seed)
+        found.words["oasst"][seed] = tfidf.accuracy(own.comparisons, own.heldout_comparisons, seed)
+        print(f"seed {seed}, OpenAssistant, {WORDS}: {found.words['oasst'][seed]:.3f}", flush=True)
+        run_once(args.out / f"seed-{seed}", OASST, seed, ["recipe=oasst", f"data.path={args.oasst}", *RM])
+
+    def run_once(directory: Path, name: str, seed: int, options: Sequence[str]) -> None:
+        of_seeds = found.variants[name]
+        if seed not in of_seeds:
+            threads = [f"{stage}.resources.threads={args.threads}" for stage in ("sft", "rm")]
+            run = arms.run(arms.place(directory, name), [*options, f"seed={seed}", *threads])
+            of_seeds[seed] = read_evaluation(run / "stages" / "rm" / "reward_model")
+        found.write()
+        print(f"seed {seed}, {name}: {of_seeds[seed]}", flush=True)
 
     for seed in args.tries:
         judge(seed, args.variants or VARIANTS)
@@ -113,31 +127,29 @@ def main() -> None:
     chosen = best(found.variants, args.tries)
     for seed in [seed for seed in args.seeds if seed not in args.tries]:
         judge(seed, dict.fromkeys((RECIPE, chosen)))
+    for seed in args.seeds:
+        judge_oasst(seed)
     print(table(found, args.tries))
 
 
-def evaluated(directory: Path, name: str, seed: int, threads: int) -> RMEvaluation:
-    variant, data = VARIANTS[name], directory / "data"
-    options = [
+def of_hh(variant: Variant, data: Path) -> list[str]:
+    """What a run on the rows that `write_rows` left in `data` is told."""
+    return [
         "recipe=hh",
         "data=files",
-        f"seed={seed}",
         f"model.context={variant.context}",
         f"data.max_prompt_tokens={variant.context - 1}",  # the rows were chosen by their whole length
         "generation.max_response_tokens=1",
-        f"sft.resources.threads={threads}",
-        f"rm.resources.threads={threads}",
         f"data.comparisons={data / f'{variant.rows}.jsonl'}",
         f"data.heldout_comparisons={data / 'heldout.jsonl'}",
         f"data.demonstrations={data / 'demonstrations.jsonl'}",
         *variant.options,
     ]
-    return read_evaluation(arms.run(arms.place(directory, name), options) / "stages" / "rm" / "reward_model")
 
 
 def best(variants: dict[str, dict[int, RMEvaluation]], tries: Sequence[int]) -> str:
     """The variant of the highest mean accuracy over the seeds that ran all."""
-    return max(variants, key=lambda name: arms.mean_and_error([variants[name][seed].accuracy for seed in tries])[0])
+    return max(VARIANTS, key=lambda name: arms.mean_and_error([variants[name][seed].accuracy for seed in tries])[0])
 
 
 def write_rows(directory: Path, hh: Path, oasst: Path, seed: int) -> float:
@@ -191,13 +203,13 @@ def facts(one: RMEvaluation) -> dict[str, float]:
 
 def table(found: Found, tries: Sequence[int]) -> str:
     """A row for each variant: means over its seeds, without `tries` where it has others; errors are those over prompts,
-    of each seed. Then words alone, over all seeds."""
+    of each seed. Then words alone, over all seeds; of OpenAssistant likewise."""
     lines = [
         "| reward model | seeds | accuracy | its standard error by seed | length-controlled | shorter | pairs |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, of_seeds in found.variants.items():
-        fresh = [seed for seed in of_seeds if seed not in tries]
+        fresh = [seed for seed in of_seeds if seed not in tries or name == OASST]
         seeds = fresh or list(of_seeds)
         every = [of_seeds[seed] for seed in seeds]
         cells = [
@@ -209,9 +221,10 @@ def table(found: Found, tries: Sequence[int]) -> str:
             ", ".join(str(one.pairs) for one in every),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    shares = list(found.words.values())
-    told = [", ".join(map(str, found.words)), f"{mean(shares)} {by_seed(shares)}", "", "", "", ""]
-    lines.append(f"| {WORDS}, fitted to the same pairs | {' | '.join(told)} |")
+    for data_set, words in found.words.items():
+        shares = list(words.values())
+        told = [", ".join(map(str, words)), f"{mean(shares)} {by_seed(shares)}", "", "", "", ""]
+        lines.append(f"| {WORDS}, {data_set} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
