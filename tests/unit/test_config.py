@@ -337,7 +337,7 @@ def test_what_a_critic_or_a_group_is_needed_for_is_refused_without() -> None:
         ("{kind: exact, on_failure: retry}", r"on_failure=retry: it must be one of nothing, drop, neutral, stop"),
         ("{kind: exact, name: 'a/b'}", r"reward\.parts\[0\]\.name=a/b: only letters, digits"),
         ("{kind: exact, weight: nan}", r"reward\.parts\[0\]\.weight=nan: it must be a finite number"),
-        ("{kind: exact, wait: 3}", r"Key 'wait' not in 'RewardPart'"),
+        ("{kind: exact, wait: 3}", r"parts\[0\]: unknown key 'wait'; did you mean weight"),
     ],
 )
 def test_a_part_of_the_score_that_cannot_work_is_refused(part: str, sentence: str) -> None:

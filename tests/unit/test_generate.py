@@ -35,7 +35,7 @@ def run(tiny: Path, tmp_path: Path) -> Path:
         ),
         ({"prompt": "a"}, ["--max-tokens", "9999"], "line 1: prompt too long: .* up to 9999 of an answer; the model"),
         ({"prompt": "a"}, ["--max-tokens", "0"], "--max-tokens 0: it must be at least 1"),
-        ({"prompt": "a"}, ["--temperature", "0"], r"--temperature 0\.0: it must be above 0"),
+        ({"prompt": "a"}, ["--temperature", "-1"], r"--temperature -1\.0: it must be 0 \(always"),
         ({"prompt": "a", "response": "b"}, [], "line 1: a column of the answer: 'response' would be written over"),
         ({"prompt": "a"}, ["--output", "{there}"], "it is there already; name another file, or add --overwrite"),
         ({"prompt": "a"}, ["--output", "{there}/a/b"], "there is no directory"),

@@ -67,7 +67,7 @@ def found_over(
 
     def work(ranks: Any) -> dict[str, float]:
         experience, tally = make_experience(rows[ranks.rank :: world], cfg, Controls(0.1), ranks, 8), Tally()
-        tally_experience(tally, experience, weight_version=5)
+        tally_experience(tally, experience, weight_version=5, referenced=True)
         tally_values(tally, experience)
         return tally.over(ranks) | {"explained": explained_variance(experience, ranks)}
 
@@ -89,12 +89,24 @@ def test_a_batch_by_hand(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:
         "response_length/mean": 1.5,
         "response_length/clip_ratio": 0.5,
         "rollout/staleness": (2 + 1 + 0) / 3,
+        "rollout/staleness_max": 2,
+        "rollout/masked": 0.0,
         "rollout/mismatch_kl": (2 - 1 - np.log(2)) / 3,
         "rollout/logprob_diff_max": np.log(2),
         "rollout/logprob_diff_mean": np.log(2) / 3,
         "prompt_length/mean": 2.0,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_a_reference_no_kl_is_told(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:
+    def work(ranks: Any) -> dict[str, float]:
+        tally = Tally()
+        experience = make_experience(rows, PPOConfig(), Controls(0.0), ranks, 8)
+        tally_experience(tally, experience, weight_version=5, referenced=False)
+        return tally.over(ranks)
+
+    assert "objective/kl" not in on_ranks(1, work)[0]
 
 
 def test_what_shapes_the_score_is_no_part_of_the_non_score_reward(rows: list[EvaluatedRow], on_ranks: OnRanks) -> None:
