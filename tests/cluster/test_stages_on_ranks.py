@@ -25,6 +25,7 @@ GANGS = [(1, 0), (2, 0), (2, 2), (2, 3), (4, 1)]  # ranks, ZeRO stage; the first
 STAGES = (sft.STAGE, rm.STAGE, dpo.STAGE)
 MODEL = ModelConfig(source="tiny", dtype="float32", attention="eager", context=40)
 OPTIMIZER = OptimizerConfig(lr=1e-3, max_grad_norm=0.5)
+TOLERANCE = 5e-5  # Adam makes a share of a step, 1e-3, of what a gradient near 0 is off by; 1.4e-5 was seen
 EOS = 258
 
 
@@ -115,7 +116,7 @@ def distance(some: Path, other: Path) -> float:
 def test_ranks_and_zero_stages_agree(trained: Path, policy: Path, stage: str) -> None:
     first = place(trained, GANGS[0]) / stage
     apart = {gang: distance(place(trained, gang) / stage, first) for gang in GANGS[1:]}
-    assert max(apart.values()) < 1e-5, apart
+    assert max(apart.values()) < TOLERANCE, apart
     before, after = weights(policy), weights(first)
     moved = max(float((after[name] - before[name]).abs().max()) for name in before.keys() & after.keys())
     assert moved > 1e-3, "weights that never moved would agree too"
