@@ -5,6 +5,7 @@ Real processes over gloo on the loopback, float32. What differs is the order in 
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from rlhf_cluster import dpo, rm, sft
 from rlhf_cluster.config import DPOConfig, EngineConfig, ModelConfig, OptimizerConfig, RMConfig, SFTConfig
-from rlhf_cluster.engine.ranks import join_ranks, leave_ranks
+from rlhf_cluster.engine.ranks import join_ranks
 from rlhf_cluster.records import Comparisons, Demonstrations, Pretraining
 from rlhf_cluster.telemetry.quiet import quiet_libraries
 
@@ -83,7 +84,8 @@ def one_rank_of(rank: int, world: int, port: int, policy: str, directory: str) -
     for gang in GANGS:
         if gang[0] == world:
             train(ranks, gang[1], Path(policy), place(Path(directory), gang))
-    leave_ranks()
+    ranks.gather(None)  # nobody is asked for anything after this
+    os._exit(0)  # gloo's threads would now and then abort an interpreter that takes itself down
 
 
 @pytest.fixture(scope="module")
