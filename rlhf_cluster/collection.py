@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
 from rlhf_cluster.config import PPOConfig
@@ -100,5 +100,10 @@ async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, admission: Admis
 
 def reasons(batch: Batch) -> str:
     """Why samples failed, the most frequent first."""
-    failures = Counter(failure for rows in batch.others.values() for failure in rows.failure if failure)
-    return "; ".join(f"{count} x {failure}" for failure, count in failures.most_common(3))
+    return most_frequent(failure for rows in batch.others.values() for failure in rows.failure)
+
+
+def most_frequent(failures: Iterable[str]) -> str:
+    """The three most frequent, with how often; those that are empty are none."""
+    counts = Counter(filter(None, failures))
+    return "; ".join(f"{count} x {failure}" for failure, count in counts.most_common(3))

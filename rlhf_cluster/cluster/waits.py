@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from rlhf_cluster.interrupts import first_cause
+
 LOG_LINES = 12
 LOW_ON_MEMORY = re.compile(r"low on memory.*? was ([\d.]+ ?GB) used / ([\d.]+ ?GB)", re.DOTALL)  # in Ray's words
 
@@ -53,8 +55,7 @@ class Call:
         if isinstance(error, RayActorError):
             return WorkerDied(f"{self.worker} died during `{self.verb}`{self._tail()}")
         cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-        while isinstance(cause, BaseExceptionGroup):
-            cause = cause.exceptions[0]
+        cause = first_cause(cause)
         its_log = f" (its log: {self.log})" if self.log else ""
         return WorkerError(f"{self.worker} failed in `{self.verb}`: {type(cause).__name__}: {cause}{its_log}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from rlhf_cluster import ppo, rm
 from rlhf_cluster.cluster.placement import OpenRooms, PPOInputs, open_rooms
-from rlhf_cluster.collection import reasons
+from rlhf_cluster.collection import most_frequent, reasons
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.batches import PromptOrder, heldout_members
 from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, read_heldout, sample_heldout, samples
@@ -183,9 +182,9 @@ def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
 def _show(run: Run, step: int, batch: Batch) -> None:
     if failures := reasons(batch):
         run.progress.note(f"iteration {step + 1}: samples failed and were not trained on: {failures}")
-    if neutral := Counter(filter(None, ppo.failures_of_parts(batch.rows))):
-        told = "; ".join(f"{count} x {failure}" for failure, count in neutral.most_common(3))
-        run.progress.note(f"iteration {step + 1}: parts of the score failed and count as reward.neutral_score: {told}")
+    if neutral := most_frequent(ppo.failures_of_parts(batch.rows)):
+        said = "parts of the score failed and count as reward.neutral_score"
+        run.progress.note(f"iteration {step + 1}: {said}: {neutral}")
     every = run.cfg.logging.sample_every
     if every and step % every == 0:
         rows = batch.rows
