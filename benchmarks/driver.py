@@ -84,8 +84,9 @@ class NullGeneration:
         }
         return members.extend(Rollouts, columns)
 
-    async def receive(self, version: int) -> None:
+    async def receive(self, version: int) -> dict[str, float]:
         self.version = version
+        return {}
 
 
 @dataclass

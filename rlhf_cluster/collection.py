@@ -38,7 +38,7 @@ async def collect(
     step: int,
     prompts: Batches,
     cfg: PPOConfig,
-    served: Awaitable[None],
+    served: Awaitable[object],
     timer: Timer,
     warn: Callable[[str], None],
 ) -> Batch:

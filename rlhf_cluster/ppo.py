@@ -44,7 +44,7 @@ class EmptyBatchError(RuntimeError):
     """An iteration that has nothing to train on."""
 
 
-async def _never(version: int, served: Awaitable[None]) -> Mapping[str, float]:
+async def _never(version: int, served: Awaitable[object]) -> Mapping[str, float]:
     """No evaluation on the way."""
     return {}
 
@@ -59,11 +59,9 @@ class Log:
     checkpoints: Checkpoints
     show: Callable[[int, Batch], None]
     warn: Callable[[str], None]
-    measure: Callable[[ScoredRollouts], Mapping[str, float]] = (
-        lambda batch: {}
-    )  # further metrics that nothing learns from
-    evaluate: Callable[[int, Awaitable[None]], Awaitable[Mapping[str, float]]] = _never  # of a version, once generation
-    # serves it
+    # further metrics that nothing learns from: of a batch, and of a version once generation serves it
+    measure: Callable[[ScoredRollouts], Mapping[str, float]] = lambda batch: {}
+    evaluate: Callable[[int, Awaitable[object]], Awaitable[Mapping[str, float]]] = _never
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
     control, rails = make_control(cfg, start), make_guardrails(cfg, start)
     batches: deque[asyncio.Task[Batch]] = deque()
     async with asyncio.TaskGroup() as tasks:
-        served = tasks.create_task(asyncio.sleep(0))
+        served = tasks.create_task(_as_it_began())
         for step in range(start.step, cfg.steps):
             with log.timer("step"):
                 for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
@@ -101,24 +99,30 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
                 await heed(alarms, good, rooms, stats.weight_version, log)
                 if good is not None or moved_nothing(stats.metrics):
                     rails.note_same(stats.weight_version, step if good is None else good.step)
-                await served
+                sync = await served
                 with log.timer("update_weights"):
                     await rooms.learner.publish(stats.weight_version)
                 served = tasks.create_task(receive(rooms, stats.weight_version, log))
                 control.after(stats.metrics.get("objective/kl", 0.0), len(batch.rows))
             heldout = await log.evaluate(stats.weight_version, served)
             # First, so that what a checkpoint has behind it is on record.
-            write_down(step, batch, stats, controls, alarms, heldout, log)
+            write_down(step, batch, stats, controls, alarms, {**heldout, **sync}, log)
             stop_where_due(alarms, good, stats.weight_version)
             if is_checkpoint(step, cfg):
                 await save(rooms, stats.weight_version, control, rails, log)
 
 
-async def receive(rooms: Rooms, version: int, log: Log) -> None:
+async def _as_it_began() -> Mapping[str, float]:
+    """Generation serves the weights that it was started with."""
+    return {}
+
+
+async def receive(rooms: Rooms, version: int, log: Log) -> Mapping[str, float]:
     """Generation takes the weights while the learner goes on, with what was sampled before; batches that are not begun
-    yet wait for it, which keeps them within their staleness."""
+    yet wait for it, which keeps them within their staleness. Returns what there is to say of it, which stands on the
+    record of the iteration that it ended in."""
     with log.timer("update_weights"):
-        await rooms.generation.receive(version)
+        return await rooms.generation.receive(version)
 
 
 async def give_up(rooms: Rooms, step: int, batch: Batch, control: Control, rails: Guardrails, log: Log) -> NoReturn:
@@ -217,7 +221,7 @@ def write_down(
     stats: UpdateStats,
     controls: Controls,
     alarms: Sequence[Alarm],
-    heldout: Mapping[str, float],
+    further: Mapping[str, float],
     log: Log,
 ) -> None:
     """Rollouts, metrics and now and then a sample, once the iteration is done. The seconds of its checkpoint, which
@@ -232,7 +236,7 @@ def write_down(
             **stats.metrics,
             **parts_of_score(rows),
             **log.measure(rows),
-            **heldout,
+            **further,
             **seconds,
             "rollout/filtered": float(len(batch.others.get(FILTERED, ()))),
             "fault/dropped": float(len(batch.others.get(DROPPED, ()))),

@@ -7,7 +7,7 @@ changes something carries its `step` or `version`, and repeating one that was ap
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,8 +22,9 @@ class Generation(Protocol):
         """Samples one response per member; yields small tables as responses end, in no promised order."""
         ...
 
-    async def receive(self, version: int) -> None:
-        """Loads the published weights of `version`; returns when every serving worker samples from them."""
+    async def receive(self, version: int) -> Mapping[str, float]:
+        """Loads the published weights of `version`; returns when every serving worker samples from them, with the
+        metrics of it (`sync/`)."""
         ...
 
 

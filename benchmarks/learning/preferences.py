@@ -120,15 +120,17 @@ def main() -> None:
         found.write()
         print(f"seed {seed}, {name}: {of_seeds[seed]}", flush=True)
 
-    for seed in args.tries:
-        judge(seed, args.variants or VARIANTS)
     if args.variants:
+        for seed in args.tries:
+            judge(seed, args.variants)
         return
+    for seed in args.seeds:
+        judge_oasst(seed)
+    for seed in args.tries:
+        judge(seed, VARIANTS)
     chosen = best(found.variants, args.tries)
     for seed in [seed for seed in args.seeds if seed not in args.tries]:
         judge(seed, dict.fromkeys((RECIPE, chosen)))
-    for seed in args.seeds:
-        judge_oasst(seed)
     print(table(found, args.tries))
 
 

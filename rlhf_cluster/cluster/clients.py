@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from rlhf_cluster.cluster.delivery import Delivery, WeightChannel
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.cluster.waits import Call, WorkerDied, WorkerError, answer, answers
 from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
@@ -27,17 +28,6 @@ class Lease:
     lease_id: int
     holder: str
     sample_ids: frozenset[str]
-
-
-@dataclass
-class WeightChannel:
-    """How a version gets from the learner to the generation workers: the store, and the names of what it keeps."""
-
-    store: Host
-    node: str
-    directory: str
-    run: str
-    attempt: int
 
 
 class GenerationPool:
@@ -93,21 +83,11 @@ class GenerationPool:
             raise WorkerDied(f"{host.name} ended lease {lease.lease_id} without {len(outstanding)} of its samples")
         arrived.put_nowait(None)
 
-    async def receive(self, version: int) -> None:
-        channel = self._channel
-        call = Call("weight store", "snapshot", channel.store.log)
-        snapshot = await answer(channel.store.actor.snapshot.remote(version), call, self._deadline_s)
-        receiving = [
-            answer(
-                host.actor.receive_from.remote(
-                    channel.store.actor, snapshot, channel.node, channel.run, channel.attempt
-                ),
-                Call(host.name, "receive", host.log),
-                self._deadline_s,
-            )
-            for host in self._hosts
-        ]
-        await asyncio.gather(*receiving)
+    async def receive(self, version: int) -> dict[str, float]:
+        store = self._channel.store
+        call = Call(store.name, "snapshot", store.log)
+        snapshot = await answer(store.actor.snapshot.remote(version), call, self._deadline_s)
+        return await Delivery(self._channel, snapshot, self._deadline_s).to(self._hosts)
 
 
 class Pool:
@@ -184,14 +164,14 @@ class LearnerGroup:
         return stats[0]
 
     async def publish(self, version: int) -> None:
-        await self._publish("publish", version)
+        await self._publish("publish", version, self._channel.is_probed(version))
 
     async def publish_average(self, version: int) -> None:
         """The policy's average as `version`, which no policy has."""
         await self._publish("publish_average", version)
 
-    async def _publish(self, verb: str, version: int) -> None:
-        snapshots: list[Snapshot | None] = await self._all(verb, version, self._channel.directory)
+    async def _publish(self, verb: str, version: int, *args: Any) -> None:
+        snapshots: list[Snapshot | None] = await self._all(verb, version, self._channel.directory, *args)
         store = self._channel.store
         await answer(store.actor.add.remote(snapshots[0]), Call(store.name, "add", store.log), self._deadline_s)
 

@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shutil
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 
+from rlhf_cluster.cluster.delivery import Arrived
 from rlhf_cluster.cluster.hosts import Hosted
 from rlhf_cluster.cluster.waits import Call, answer
 from rlhf_cluster.generation.worker import GenerationWorker
+from rlhf_cluster.weights.copy import SnapshotCopy
+from rlhf_cluster.weights.delta import Piece
 from rlhf_cluster.weights.snapshot import Snapshot, store_directory
 
-FETCH, FETCH_DEADLINE_S = Call("weight store", "chunk"), 60.0
+PIECE, PIECE_DEADLINE_S = Call("weight store", "piece"), 60.0
 
 
 class GenerationHost(Hosted, GenerationWorker):
-    """A generation worker that fetches a snapshot from the store where its node does not have it."""
+    """A generation worker that keeps a copy of the newest snapshot where its node is not the store's."""
 
-    _fetched: Path | None = None
+    _copy: SnapshotCopy | None = None
 
-    async def receive_from(self, store: Any, snapshot: Snapshot, node: str, run: str, attempt: int) -> None:
-        if ray.get_runtime_context().get_node_id() != node:
-            self._fetched = store_directory(f"{run}-{os.getpid()}", attempt)
-            snapshot = await self._fetch(store, snapshot, self._fetched)
-        await self.receive(snapshot)
+    async def receive_from(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> Arrived:
+        """`place`: the store's node, its run and attempt. `again`: nothing that is here already is trusted."""
+        node, run, attempt = place
+        if ray.get_runtime_context().get_node_id() == node:
+            return Arrived(await self.receive(snapshot, again), snapshot.bytes)
+        if self._copy is None:
+            self._copy = SnapshotCopy(store_directory(f"{run}-{os.getpid()}", attempt))
+        if again:
+            self._copy.forget()
+        before = self._copy.received
+        snapshot = await self._copied(self._copy, store, snapshot)
+        return Arrived(await self.receive(snapshot, again), self._copy.received - before)
 
-    async def _fetch(self, store: Any, snapshot: Snapshot, directory: Path) -> Snapshot:
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob("*.safetensors"):
-            old.unlink()
-        path = directory / f"v{snapshot.version}.safetensors"
-        with open(path, "wb") as file:
-            index = 0
-            while chunk := await answer(store.chunk.remote(snapshot.version, index), FETCH, FETCH_DEADLINE_S):
-                await asyncio.to_thread(file.write, chunk)  # rollouts go on leaving meanwhile
-                index += 1
-        return replace(snapshot, path=str(path))
+    async def _copied(self, copy: SnapshotCopy, store: Any, snapshot: Snapshot) -> Snapshot:
+        async def ask(version: int, number: int, base: int | None) -> Piece:
+            return await answer(store.piece.remote(version, number, base), PIECE, PIECE_DEADLINE_S)
+
+        return await copy.bring(snapshot, ask)
 
     def stop(self) -> None:
         super().stop()
-        if self._fetched is not None:
-            shutil.rmtree(self._fetched, ignore_errors=True)
+        if self._copy is not None:
+            self._copy.forget()

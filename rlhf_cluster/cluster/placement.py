@@ -16,7 +16,8 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool, WeightChannel
+from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool
+from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.generation_host import GenerationHost
 from rlhf_cluster.cluster.hosts import Host, reserved, set_apart, spawn
 from rlhf_cluster.cluster.waits import Call, answer
@@ -132,7 +133,7 @@ class Starter:
         directory = str(store_directory(attempt.run, attempt.number))
         store = self._spawn(WeightStore, "store", 0, STORE, (attempt.run, attempt.number, self.cfg.weights.keep), group)
         node = await self._answer(store, "ready", store.actor.ready.remote())
-        return WeightChannel(store, node, directory, attempt.run, attempt.number)
+        return WeightChannel(store, node, directory, attempt.run, attempt.number, self.cfg.weights)
 
     def _spawn(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,6 +13,7 @@ from rlhf_cluster.models.load import resolve_dtype
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.weights.adapter import unpack
 from rlhf_cluster.weights.plugin import BACKEND
+from rlhf_cluster.weights.probe import Probe
 from rlhf_cluster.weights.snapshot import Snapshot, check
 
 # vLLM is loaded where a worker starts: loading it takes a quarter of a minute, which the driver, who only names the
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "policy"  # the name of the only one
 ABORTED = "abort"  # the end of a request that a pause cut off
+DIGESTS = "rlhf_cluster.weights.receiver.WeightDigests"
+Digests = dict[str, str]  # of what an engine computes with, by its rank and module
 PAUSES: dict[str, PauseMode] = {"keep": "keep", "finish": "wait", "abort": "abort"}  # vLLM's word for `weights.running`
 
 
@@ -49,6 +53,8 @@ class GenerationWorker:
         self._dtype, self._incarnation, self._adapter_rank = dtype, incarnation, adapter_rank
         self._engine: AsyncLLM | None = None
         self._adapter: LoRARequest | None = None
+        self._paused: float | None = None  # since when nothing is sampled
+        self._probes = itertools.count()
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.config import WeightTransferConfig
@@ -71,6 +77,7 @@ class GenerationWorker:
             generation_config="vllm",  # no sampling defaults from the model's directory
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            worker_extension_cls=DIGESTS,
             enable_lora=self._adapter_rank > 0,
             max_loras=1,
             max_lora_rank=next(rank for rank in get_args(MaxLoRARanks) if rank >= self._adapter_rank),
@@ -154,19 +161,47 @@ class GenerationWorker:
         }
         return rows.extend(Rollouts, columns)
 
-    async def receive(self, snapshot: Snapshot) -> None:
-        """Loads a published version under running requests, which fare as `weights.running` and `weights.kv` say.
+    async def receive(self, snapshot: Snapshot, again: bool = False) -> Digests:
+        """Loads a published version under running requests, which fare as `weights.running` and `weights.kv` say, and
+        samples no more until `resume`; returns what the engine then computes with.
 
-        Asking again for the version that serves already changes nothing.
+        Asking for the version that serves already changes nothing, unless it is to be loaded `again`.
         """
-        serves = await self.engine.get_weight_version() == str(snapshot.version)
-        if serves and (self._adapter is not None or not self._adapter_rank):
-            return
-        await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
-        mode, clear = PAUSES[self._weights.running], self._weights.kv == "recompute"
-        await self.engine.pause_generation(mode=mode, clear_cache=clear)
-        await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
+        if again or not await self._holds(snapshot.version):
+            await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
+            await self._pause()
+            await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
+        found = await self.engine.collective_rpc("weight_digests")
+        return {f"{rank}:{name}": digest for rank, of in enumerate(found) for name, digest in of.items()}
+
+    async def _holds(self, version: int) -> bool:
+        holds = await self.engine.get_weight_version() == str(version)
+        return holds and (self._adapter is not None or not self._adapter_rank)
+
+    async def _pause(self) -> None:
+        if self._paused is None:
+            self._paused = time.perf_counter()
+            mode, clear = PAUSES[self._weights.running], self._weights.kv == "recompute"
+            await self.engine.pause_generation(mode=mode, clear_cache=clear)
+
+    async def resume(self) -> float:
+        """Samples on; returns the seconds that it did not."""
+        if self._paused is None:
+            return 0.0
         await self.engine.resume_generation()
+        began, self._paused = self._paused, None
+        return time.perf_counter() - began
+
+    async def probe(self, probe: Probe) -> float:
+        """How far the engine's logprobs are from the learner's, in nats per token."""
+        from vllm import SamplingParams
+
+        whole: Any = {"prompt_token_ids": [*probe.prompt_ids, *probe.response_ids]}
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = await self._finished(whole, sampling, f"probe#{next(self._probes)}")
+        assert output.prompt_logprobs is not None
+        told = zip(probe.response_ids, output.prompt_logprobs[len(probe.prompt_ids) :], strict=True)
+        return probe.distance([at[token].logprob for token, at in told if at is not None])
 
     async def _load_weights(self, snapshot: Snapshot) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,10 @@ from rlhf_cluster.learner.update import StepRates, Updater
 from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts, UpdateStats
+from rlhf_cluster.weights.probe import Probe
 from rlhf_cluster.weights.snapshot import Slot, Snapshot, stream_snapshot
+
+PROBE_TOKENS = 64  # prompt and response: long enough to tell policies apart, and quickly computed
 
 
 class LearnerError(RuntimeError):
@@ -55,6 +58,7 @@ class LearnerWorker:
         self._open: dict[int, OpenBatch] = {}
         self._last: UpdateStats | None = None
         self._version = 0
+        self._to_probe: EvaluatedRow | None = None
 
     def start(
         self,
@@ -153,6 +157,7 @@ class LearnerWorker:
         self._require_whole(step)
         batch = self._open.pop(step)
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
+        self._to_probe = self._fit_to_probe(rows)
         longest = self._generation.max_response_tokens
         experience = make_experience(rows, self._ppo, controls, self._ranks, longest)
         rates = self._rates(step)
@@ -163,18 +168,37 @@ class LearnerWorker:
         self._last = UpdateStats(step, self._version, metrics)
         return self._last
 
+    def _fit_to_probe(self, rows: Sequence[EvaluatedRow]) -> EvaluatedRow | None:
+        """On rank 0, of those that an engine has room for with one token more, that nearest to PROBE_TOKENS."""
+        lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
+        fitting = [i for i, length in enumerate(lengths) if length < self._model.context]
+        if self._ranks.rank or not fitting:
+            return None
+        return rows[min(fitting, key=lambda i: abs(lengths[i] - PROBE_TOKENS))]
+
     def _rates(self, step: int) -> StepRates:
         """The policy's schedule begins once the critic has warmed up."""
         steps, alone = self._ppo.steps, self._ppo.critic_warmup
         policy = learning_rate(self._cfg.policy, step - alone, steps - alone) if step >= alone else 0.0
         return StepRates(policy, learning_rate(self._cfg.critic, step, steps))
 
-    def publish(self, version: int, directory: str) -> Snapshot | None:
-        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. A
-        collective."""
+    def publish(self, version: int, directory: str, probed: bool = False) -> Snapshot | None:
+        """Rank 0 writes the snapshot and returns it; the others take part where parameters are gathered. `probed`: with
+        a response to be compared by, where it has one. A collective."""
         if version != self._version:
             raise LearnerError(f"the policy is version {self._version}, it cannot be published as {version}")
-        return self._snapshot(version, directory, averaged=False)
+        snapshot = self._snapshot(version, directory, averaged=False)
+        probe = self._probe() if probed else None
+        return snapshot if snapshot is None else replace(snapshot, probe=probe)
+
+    def _probe(self) -> Probe | None:
+        """What the policy says now of a row of rank 0's last batch. A collective."""
+        rows = [] if self._to_probe is None else [self._to_probe]
+        said = self._models.evaluate([row.prompt_ids for row in rows], [row.response_ids for row in rows], 1.0)
+        if not rows:
+            return None
+        columns = (rows[0].prompt_ids, rows[0].response_ids, said.logprobs[0])
+        return Probe(*(tuple(column.tolist()) for column in columns))
 
     def publish_average(self, version: int, directory: str) -> Snapshot | None:
         """As `publish`, of the policy's average, by a `version` that no policy has. A collective."""

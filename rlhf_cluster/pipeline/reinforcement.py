@@ -128,7 +128,7 @@ async def _before(run: Run, opened: OpenRooms) -> HeldOut:
 
 
 async def _on_the_way(
-    run: Run, opened: OpenRooms, timer: Timer, version: int, served: Awaitable[None]
+    run: Run, opened: OpenRooms, timer: Timer, version: int, served: Awaitable[object]
 ) -> Mapping[str, float]:
     """The held-out samples of an iteration between the first and the last, where `evaluation.every` asks for them."""
     every = run.cfg.evaluation.every

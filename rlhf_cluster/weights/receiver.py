@@ -6,9 +6,12 @@ layerwise reload of vLLM rebuilds each layer from checkpoint-format tensors and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -61,3 +64,42 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and id(module.weight) in embeddings:
             module.quant_method.process_weights_after_loading(module)
+
+
+class WeightDigests:
+    """Mixed into vLLM's worker: what it computes with, so that workers can be compared."""
+
+    model_runner: Any
+
+    def weight_digests(self) -> dict[str, str]:
+        """By module, xxh3-64 of all that it computes with. Two engines of one build and one split have the same ones
+        where they hold the same weights."""
+        model: torch.nn.Module = self.model_runner.get_model()
+        found = {}
+        for name, module in model.named_modules():
+            held = list(_held(module))
+            if held:
+                together = xxhash.xxh3_64()
+                for tensor in held:
+                    together.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+                found[name] = together.hexdigest()
+        return found
+
+
+def _held(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """A module's own tensors, the slots of its adapters, and of weights that the CPU build has packed, which cannot be
+    read, their product with one fixed row."""
+    yield from (tensor for tensor in module.parameters(recurse=False) if tensor.numel())
+    yield from (tensor for tensor in module.buffers(recurse=False) if tensor.numel())
+    for slots in ("lora_a_stacked", "lora_b_stacked"):
+        yield from getattr(module, slots, ())
+    if hasattr(module, "cpu_linear"):
+        yield module.cpu_linear(_row(module), module.weight, None)
+
+
+def _row(module: torch.nn.Module) -> torch.Tensor:
+    """No two numbers of it are the same, so that weights that changed places show."""
+    widths = ("input_size_per_partition", "input_size", "embedding_dim")  # of linear layers that are split, that are
+    # not, and of LM heads
+    width = next(int(getattr(module, name)) for name in widths if hasattr(module, name))
+    return torch.linspace(-1, 1, width)[None].to(module.weight.dtype)

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 
+from rlhf_cluster.weights.delta import UNIT
+from rlhf_cluster.weights.probe import Probe
+
 SHARED_MEMORY = Path("/dev/shm")
-CHUNK = 64 << 20  # bytes that go to another node at once
 BUCKET = 32 << 20  # bytes of tensors that share a digest, as near as whole ones allow
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 
@@ -56,6 +59,7 @@ class Snapshot:
     version: int
     path: str
     buckets: tuple[Bucket, ...]
+    probe: Probe | None = None
 
     @property
     def bytes(self) -> int:
@@ -110,7 +114,7 @@ def check(snapshot: Snapshot) -> None:
         raise SnapshotError(f"{of} at {path} have {size} bytes, published {snapshot.bytes}")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
         for number, bucket in enumerate(snapshot.buckets):
-            if (found := _digest(memory, bucket.start, bucket.stop)) != bucket.digest:
+            if (found := digest(memory, bucket.start, bucket.stop)) != bucket.digest:
                 raise SnapshotError(
                     f"{of} at {path}: bucket {number} of {len(snapshot.buckets)} ({bucket.holds}) has digest {found}, "
                     f"published {bucket.digest}"
@@ -134,7 +138,7 @@ def _fill(
     memory: mmap.mmap, start: int, slots: Sequence[Slot], tensors: Iterator[tuple[str, torch.Tensor]]
 ) -> Iterator[Bucket]:
     """The buckets in turn, the file's beginning first, each once it is full."""
-    yield Bucket(0, start, _digest(memory, 0, start), "its description")
+    yield Bucket(0, start, digest(memory, 0, start), "its description")
     place, first = start, ""
     for slot in slots:
         name, tensor = next(tensors, ("nothing", torch.empty(0)))
@@ -146,10 +150,21 @@ def _fill(
             )
         place, first = place + slot.bytes, first or slot.name
         if place - start >= BUCKET or slot is slots[-1]:
-            yield Bucket(start, place, _digest(memory, start, place), f"{first} to {slot.name}")
+            yield Bucket(start, place, digest(memory, start, place), f"{first} to {slot.name}")
             start, first = place, ""
 
 
-def _digest(memory: mmap.mmap, start: int, stop: int) -> str:
+def digest(memory: mmap.mmap, start: int, stop: int) -> str:
+    """Of these bytes, xxh3-64."""
     with memoryview(memory) as view:
         return xxhash.xxh3_64_hexdigest(view[start:stop])
+
+
+def units(memory: mmap.mmap, bucket: Bucket) -> np.ndarray:
+    """A bucket in its place in the file, u16 [N]."""
+    return np.frombuffer(memory, UNIT, (bucket.stop - bucket.start) // UNIT.itemsize, bucket.start)
+
+
+def layout(snapshot: Snapshot) -> list[tuple[int, int, str]]:
+    """Two snapshots of the same hold the same tensors in the same places."""
+    return [(bucket.start, bucket.stop, bucket.holds) for bucket in snapshot.buckets]

@@ -1,11 +1,15 @@
-"""The versioned store: it outlives the learner's ranks, serves other nodes in chunks, and forgets old versions."""
+"""The versioned store: it outlives the learner's ranks, serves other nodes by buckets, and forgets old versions."""
 
 from __future__ import annotations
 
+import mmap
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_cluster.weights.snapshot import CHUNK, SHARED_MEMORY, Snapshot, SnapshotError, store_directory
+from rlhf_cluster.weights.delta import Piece, difference
+from rlhf_cluster.weights.snapshot import SHARED_MEMORY, Snapshot, SnapshotError, layout, store_directory, units
 
 
 class WeightStore:
@@ -31,14 +35,24 @@ class WeightStore:
             raise SnapshotError(f"the store has versions {sorted(self._snapshots)}, not {version}")
         return self._snapshots[version]
 
-    def chunk(self, version: int, index: int) -> bytes:
-        """Bytes `index * CHUNK` to `(index + 1) * CHUNK` of a version; empty past its end."""
-        with open(self.snapshot(version).path, "rb") as file:
-            file.seek(index * CHUNK)
-            return file.read(CHUNK)
+    def piece(self, version: int, number: int, base: int | None) -> Piece:
+        """A bucket of a version: what changed since `base`, where that is kept, is laid out alike and it is less than
+        the whole."""
+        wanted, old = self.snapshot(version), self._snapshots.get(base) if base is not None else None
+        if old is None or layout(old) != layout(wanted):
+            with _opened(wanted) as memory:
+                return difference(None, units(memory, wanted.buckets[number]))
+        with _opened(wanted) as memory, _opened(old) as former:
+            return difference(units(former, old.buckets[number]), units(memory, wanted.buckets[number]))
 
     def stop(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+@contextmanager
+def _opened(snapshot: Snapshot) -> Iterator[mmap.mmap]:
+    with open(snapshot.path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+        yield memory
 
 
 def sweep(run: str) -> list[str]:

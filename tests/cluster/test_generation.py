@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.weights.adapter import HEADER
+from rlhf_cluster.weights.probe import Probe
 from rlhf_cluster.weights.snapshot import Snapshot, SnapshotError, write_snapshot
 
 EOS, DEADLINE_S = 258, 60
@@ -66,6 +67,7 @@ class Bench:
 
     async def receive(self, version: int) -> None:
         await self.worker.receive(self.snapshot(version))
+        await self.worker.resume()
 
     def snapshot(self, version: int) -> Snapshot:
         published = self.versions[version]
@@ -188,6 +190,7 @@ async def under_running_requests(bench: Bench, version: int, weights: WeightsCon
     snapshot = bench.snapshot(version)
     await asyncio.sleep(0.2)
     await bench.worker.receive(snapshot)
+    await bench.worker.resume()
     found = await sampling
     bench.worker._weights = kept
     assert [len(ids) for ids in found.response_ids] == [200] * 8
@@ -244,6 +247,30 @@ async def a_damaged_snapshot_is_refused_and_the_old_weights_serve(bench: Bench) 
     assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < bench.tolerance
 
 
+async def engines_with_the_same_weights_have_the_same_digests(bench: Bench) -> None:
+    """And one with others differs in every module that learns, packed weights and adapters included."""
+    worker = bench.worker
+    first, again, other = [await worker.receive(bench.snapshot(version), True) for version in (1, 1, 2)]
+    assert await worker.resume() > 0 and await worker.resume() == 0
+    assert first == again
+    changed = {name for name in first if first[name] != other[name]}
+    projections = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    assert sum(name.endswith(projections) for name in changed) == 2 * len(projections)
+    if not worker._adapter_rank:
+        assert {"0:model.embed_tokens", "0:lm_head", "0:model.norm"} <= changed
+    assert first.keys() - changed  # what does not learn is the same
+
+
+async def a_probe_says_whether_it_is_the_learners_policy(bench: Bench) -> None:
+    await bench.receive(1)
+    found = await bench.sampled(laws.members(4))
+    for version, low, high in ((1, 0.0, bench.tolerance), (2, 0.05, 10.0)):
+        told = bench.logprobs(version, found, 1.0)[0].tolist()
+        probe = Probe(tuple(found.prompt_ids[0].tolist()), tuple(found.response_ids[0].tolist()), tuple(told))
+        assert low <= await bench.worker.probe(probe) < high
+        assert low <= await bench.worker.probe(probe) < high  # what is cached hides nothing
+
+
 CHECKS = (
     answers_every_member_once,
     gives_a_seed_its_response_in_any_company,
@@ -259,6 +286,8 @@ CHECKS = (
     requests_may_begin_again_with_the_new_weights,
     keys_and_values_of_the_old_weights_may_stay,
     marks_tokens_with_the_version_received,
+    engines_with_the_same_weights_have_the_same_digests,
+    a_probe_says_whether_it_is_the_learners_policy,
 )
 
 
@@ -270,17 +299,25 @@ async def run_checks(tiny: Path, directory: Path, kind: str) -> dict[str, str]:
     worker = GenerationWorker(str(tiny), CONFIG, WeightsConfig(), 320, "float32", "generation-0-1", rank)
     assert await worker.start(0) == "generation-0-1"
     bench, found = Bench(worker, versions, tolerance, directory / "store"), {}
-    await bench.receive(0)  # of full weights it is what serves already
-    for check in CHECKS:
-        began = time.perf_counter()
-        try:
-            await asyncio.wait_for(check(bench), 2 * DEADLINE_S)
-            found[check.__name__] = ""
-        except Exception:
-            found[check.__name__] = traceback.format_exc()
-        print(f"{check.__name__}: {time.perf_counter() - began:.1f} s", flush=True)
-    worker.stop()
+    try:
+        await bench.receive(0)  # of full weights it is what serves already
+        for check in CHECKS:
+            found[check.__name__] = await outcome(check(bench))
+    finally:
+        worker.stop()
     return found
+
+
+async def outcome(check: Coroutine[Any, Any, None]) -> str:
+    """The traceback of a check that fails."""
+    began = time.perf_counter()
+    try:
+        await asyncio.wait_for(check, 2 * DEADLINE_S)
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        print(f"{check.__name__}: {time.perf_counter() - began:.1f} s", flush=True)
+    return ""
 
 
 def in_child(_: int, tiny: str, directory: str, kind: str) -> None:

@@ -88,11 +88,12 @@ class FakeGeneration:
             },
         )
 
-    async def receive(self, version: int) -> None:
+    async def receive(self, version: int) -> dict[str, float]:
         for _ in range(self.receive_ticks):
             await asyncio.sleep(0)
         self.events("receive", version)
         self.version = version
+        return {"sync/bytes": float(version)}
 
 
 @dataclass

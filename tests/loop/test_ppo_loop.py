@@ -321,6 +321,7 @@ def test_what_happened_is_written_down(tmp_path: Path) -> None:
         assert (found["sync/version"], found["actor/kl_coef"], found["objective/rows"]) == (step + 1, 0.02, BATCH)
         assert found["perf/total_num_tokens"] == sum(map(len, rows.prompt_ids)) + sum(map(len, rows.response_ids))
         assert found["perf/throughput"] == pytest.approx(found["perf/total_num_tokens"] / found["timing_s/step"])
+    assert [record.metrics.get("sync/bytes") for record in run.metrics] == [None, *range(1, STEPS)]
     parts = {"step", "gen", "reward", "ref", "old_log_prob", "update", "update_weights"}
     assert {f"timing_s/{part}" for part in parts} <= run.metrics[0].metrics.keys()
 

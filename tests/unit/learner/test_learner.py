@@ -432,6 +432,22 @@ def test_published_weights_are_the_policys(start: Start, tmp_path: Path) -> None
     assert all(torch.equal(tensor, own[f"policy/model.{name}"]) for name, tensor in published.items())
 
 
+def test_a_probe_is_what_the_policy_says_of_a_row_after_the_update(start: Start, tmp_path: Path) -> None:
+    worker = start()
+    assert worker.publish(0, str(tmp_path), probed=True).probe is None  # no row has come yet
+    batch = rows()
+    give(worker, batch)
+    before = worker._models.evaluate(batch.prompt_ids, batch.response_ids, 1.0).logprobs
+    worker.update(0, Controls(0.02))
+    assert worker.publish(1, str(tmp_path)).probe is None  # not asked for
+    probe = worker.publish(1, str(tmp_path), probed=True).probe
+    ids = [tuple(row.tolist()) for row in batch.response_ids]
+    row = ids.index(probe.response_ids)
+    assert probe.prompt_ids == tuple(batch.prompt_ids[row].tolist())
+    after = worker._models.evaluate(batch.prompt_ids, batch.response_ids, 1.0).logprobs
+    assert probe.distance(after[row].tolist()) < 1e-5 < probe.distance(before[row].tolist())
+
+
 def test_values_start_as_the_reward_models_scores(tiny: Path, reward_model: Path, one_rank: Ranks) -> None:
     """The value before one more token is the reward model's score of what stands there, EOS included."""
     batch = rows()

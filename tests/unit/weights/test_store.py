@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlhf_cluster.weights import snapshot as module
 from rlhf_cluster.weights import store as store_module
@@ -19,7 +17,6 @@ from rlhf_cluster.weights.store import WeightStore
 def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for user in (module, store_module):
         monkeypatch.setattr(user, "SHARED_MEMORY", tmp_path)
-        monkeypatch.setattr(user, "CHUNK", 100)
     return tmp_path
 
 
@@ -46,18 +43,24 @@ def test_a_version_that_comes_again_is_the_last(shared_memory: Path) -> None:
     assert [path.name for path in store_directory("run", 2).iterdir()] == ["v1.safetensors"]
 
 
-def test_chunks_make_up_the_file(tmp_path: Path) -> None:
-    store, snapshot = WeightStore("run", 2, keep=1), published(7)
-    store.add(snapshot)
-    chunks, index = [], 0
-    while chunk := store.chunk(7, index):
-        chunks.append(chunk)
-        index += 1
-    assert len(chunks) > 1
-    copy = tmp_path / "copy.safetensors"
-    copy.write_bytes(b"".join(chunks))
-    check(replace(snapshot, path=str(copy)))
-    assert load_file(copy)["w"].tolist() == [7.0] * 40
+def test_a_bucket_is_what_changed_since_a_version_that_is_kept() -> None:
+    store = WeightStore("run", 2, keep=2)
+    for version, weights in ((1, [1.0] * 40), (2, [1.0] * 39 + [2.0]), (3, [3.0] * 40)):
+        store.add(write_snapshot(store_directory("run", 2), version, {"w": torch.tensor(weights)}))
+    whole = store.piece(2, 1, None)
+    assert whole.places is None and whole.bytes == 160
+    assert store.piece(2, 1, 1).places is None  # of a version that is not kept nothing is known
+    store.add(write_snapshot(store_directory("run", 2), 4, {"w": torch.tensor([3.0] * 39 + [4.0])}))
+    changed = store.piece(4, 1, 3)
+    assert changed.places is not None and changed.places.tolist() == [79]  # the upper half of the last number
+    assert store.piece(4, 1, 2).bytes == 160  # more changed than it takes to tell all
+
+
+def test_a_bucket_of_another_layout_is_whole() -> None:
+    store = WeightStore("run", 2, keep=2)
+    for version, name in ((1, "v"), (2, "w")):
+        store.add(write_snapshot(store_directory("run", 2), version, {name: torch.zeros(40)}))
+    assert store.piece(2, 1, 1).places is None
 
 
 def test_a_changed_file_is_not_what_was_published() -> None:

@@ -1,0 +1,118 @@
+"""When a worker may sample from a version: what others compute with, what the learner says, and a second try. The
+workers here answer what a test lays down; real ones stand in `tests/cluster/`."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_cluster.cluster.delivery import Arrived, Delivery, WeightChannel
+from rlhf_cluster.cluster.hosts import Host
+from rlhf_cluster.cluster.waits import WorkerError
+from rlhf_cluster.config import WeightsConfig
+from rlhf_cluster.weights.probe import Probe
+from rlhf_cluster.weights.snapshot import Snapshot
+
+PROBE = Probe((1, 2), (3, 4), (-1.0, -2.0))
+GOOD, BAD = {"0:a": "1", "0:b": "2"}, {"0:a": "1", "0:b": "9"}
+
+
+@dataclass
+class Worker:
+    """A generation worker that has these digests after each load and is so far from the learner at each probe."""
+
+    name: str
+    loads: list[dict[str, str]] = field(default_factory=lambda: [GOOD])
+    probes: list[float] = field(default_factory=lambda: [0.01])
+    log: Path = Path("its.log")
+    called: list[str] = field(default_factory=list)
+
+    @property
+    def actor(self) -> Any:
+        verbs = {"receive_from": self._receive, "resume": self._resume, "probe": self._probe}
+        return SimpleNamespace(**{verb: SimpleNamespace(remote=called) for verb, called in verbs.items()})
+
+    async def _receive(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> Arrived:
+        assert place == ("node", "run", 1)
+        self.called.append("load again" if again else "load")
+        return Arrived(self.loads.pop(0), 100)
+
+    async def _resume(self) -> float:
+        self.called.append("resume")
+        return 0.5
+
+    async def _probe(self, probe: Probe) -> float:
+        assert probe == PROBE
+        self.called.append("probe")
+        return self.probes.pop(0)
+
+
+def deliver(*workers: Worker, probe: Probe | None = None) -> dict[str, float]:
+    channel = WeightChannel(Host("store", SimpleNamespace(), Path()), "node", "/", "run", 1, WeightsConfig())
+    delivery = Delivery(channel, Snapshot(7, "/", (), probe), deadline_s=10)
+    return asyncio.run(delivery.to(workers))  # type: ignore[arg-type]
+
+
+def test_workers_that_hold_alike_sample_on() -> None:
+    workers = [Worker("generation 0"), Worker("generation 1")]
+    found = deliver(*workers)
+    assert [worker.called for worker in workers] == [["load", "resume"]] * 2
+    assert found.pop("sync/seconds") > 0
+    assert found == {"sync/bytes": 200, "sync/paused_s": 0.5, "sync/loaded_again": 0}
+
+
+def test_one_that_differs_loads_again_before_it_samples() -> None:
+    other = Worker("generation 1", [BAD, GOOD])
+    found = deliver(Worker("generation 0"), other)
+    assert other.called == ["load", "load again", "resume"]
+    assert found["sync/loaded_again"] == 1 and found["sync/bytes"] == 300
+
+
+def test_one_that_differs_twice_is_named_with_what_differs() -> None:
+    other = Worker("generation 1", [BAD, BAD])
+    with pytest.raises(
+        WorkerError,
+        match=r"generation 1 computes with other weights of version 7 than generation 0 does in 1 modules \(0:b\); "
+        r"loading them once more did not mend it \(its log: its.log\)",
+    ):
+        deliver(Worker("generation 0"), other)
+    assert "resume" not in other.called
+
+
+def test_a_probe_is_compared_with_the_learner() -> None:
+    workers = [Worker("generation 0", probes=[0.02]), Worker("generation 1", probes=[0.05])]
+    found = deliver(*workers, probe=PROBE)
+    assert [worker.called for worker in workers] == [["load", "resume", "probe"]] * 2
+    assert found["sync/probe"] == 0.05
+
+
+def test_one_that_is_far_from_the_learner_loads_again() -> None:
+    worker = Worker("generation 0", [GOOD, GOOD], [float("nan"), 0.02])
+    found = deliver(worker, probe=PROBE)
+    assert worker.called == ["load", "resume", "probe", "load again", "resume", "probe"]
+    assert (found["sync/probe"], found["sync/paused_s"], found["sync/loaded_again"]) == (0.02, 1.0, 1)
+
+
+def test_one_that_stays_far_ends_the_run() -> None:
+    worker = Worker("generation 0", [GOOD, GOOD], [3.0, 2.5])
+    said = (
+        r"generation 0's logprobs are not the learner's with weights of version 7: 2.5 nats a token from them on a "
+        r"response of 2, where weights.probe_tolerance=0.1; loading"
+    )
+    with pytest.raises(WorkerError, match=said):
+        deliver(worker, probe=PROBE)
+
+
+@pytest.mark.parametrize(("every", "probed"), [(0, []), (1, [1, 2, 3, 4]), (2, [2, 4])])
+def test_every_so_many_versions_are_probed(every: int, probed: list[int]) -> None:
+    channel = WeightChannel(Host("", None, Path()), "", "", "", 1, WeightsConfig(probe_every=every))
+    assert [version for version in range(1, 5) if channel.is_probed(version)] == probed
+
+
+def test_the_distance_is_the_mean_over_tokens() -> None:
+    assert PROBE.distance([-1.5, -1.9]) == pytest.approx(0.3)
