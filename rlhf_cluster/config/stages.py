@@ -198,6 +198,8 @@ class PPOConfig:
     # responses x max_response_tokens (Dr. GRPO)
     ratio: str = one_of("token", "response", default="token")  # of probabilities, of each token or (GSPO) of each
     # response
+    share_prompts: bool = True  # where gradients are computed as groups arrive, responses to one prompt stand behind
+    # it in one row of up to model.context tokens, so that it is computed once; equal up to rounding
     clip: float = positive(0.2)  # ratio clip
     clip_high: float = not_negative(0.0)  # upper ratio clip, where it differs (DAPO: 0.28); 0: as `clip`
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative (Ye et al. 2020: 3); 0: none
@@ -229,6 +231,15 @@ class PPOConfig:
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     ptx: PTXConfig = field(default_factory=PTXConfig)
     guardrails: GuardrailsConfig = field(default_factory=GuardrailsConfig)
+
+    @property
+    def streams_gradients(self) -> bool:
+        """Whether a group's gradient waits for nothing of the rest of the batch, so that the learner may compute it as
+        the group arrives."""
+        one_step = self.epochs == 1 and self.minibatch_size == self.batch_size
+        own_scope = self.advantage.compares_groups and not (self.advantage.whiten or self.advantage.whiten_rewards)
+        known = not (self.kl.coef or self.score_norm) and (self.kl.kind == "fixed" or not self.kl.loss_coef)
+        return one_step and own_scope and known
 
     @property
     def off_policy_weights(self) -> str:

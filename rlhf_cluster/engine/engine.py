@@ -24,6 +24,7 @@ from rlhf_cluster.engine.settings import deepspeed_settings, effective_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FINITE = sys.float_info.max
+NEVER = -1.0  # a limit that every norm is above
 
 
 class EngineError(RuntimeError):
@@ -55,7 +56,7 @@ class TrainEngine:
         self.stage = effective_stage(engine.zero_stage, dtype)
         self._max_grad_norm = optimizer.max_grad_norm
         self._grad_norm = math.nan
-        self._limit = FINITE
+        self._limit, self._scale = FINITE, 1.0
         adamw = torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad],
             lr=optimizer.lr,
@@ -80,6 +81,8 @@ class TrainEngine:
         without a gradient are passed over by AdamW, moments included."""
         parameters = [p for group in self._adamw.param_groups for p in group["params"]]
         if self.stage == 0:
+            if self._scale != 1.0:
+                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self._scale)
             limit = self._max_grad_norm if self._max_grad_norm > 0 else math.inf
             self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         else:
@@ -137,14 +140,22 @@ class TrainEngine:
             )
         return norm
 
-    def step_within(self, lr: float, limit: float) -> float:
-        """As `step`, but where the norm is above `limit` or not finite no weight and no moment has moved, and nothing
-        is raised."""
-        self._limit = min(limit, FINITE)
+    def step_within(self, lr: float, limit: float, scale: float = 1.0) -> float:
+        """As `step`, on the gradient times `scale`, but where the norm is above `limit` or not finite no weight and no
+        moment has moved, and nothing is raised."""
+        self._limit, self._scale = min(limit, FINITE), scale
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self.stage > 0:
+            self._engine.optimizer.loss_scale = 1 / scale  # DeepSpeed divides by it, before it takes the norm
         self._engine.step()
+        if self.stage > 0:
+            self._engine.optimizer.loss_scale = 1.0  # and multiplies losses with it
         return self._grad_norm if self.stage == 0 else float(self._engine.get_global_grad_norm())
+
+    def forget_gradient(self) -> None:
+        """As if there had been no `backward`. A collective."""
+        self.step_within(0.0, NEVER)
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor in the training dtype) of every parameter, one at a time. A collective at stage 3."""

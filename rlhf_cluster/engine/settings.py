@@ -34,7 +34,7 @@ def deepspeed_settings(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_scatter": stage == 3},
     }
     if stage == 3:
         # Small layers stay gathered by default, which would leave a tiny model unpartitioned and stage 3 untested.

@@ -20,7 +20,7 @@ from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.estimators import Rewarded, make_estimator
 from rlhf_cluster.learner.weighing import make_weigher
 from rlhf_cluster.models.batching import from_response_frame, response_mask, to_response_frame
-from rlhf_cluster.records import Controls
+from rlhf_cluster.records import Controls, ReferencedRollouts, ScoredRollouts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +39,36 @@ class EvaluatedRow:
     weight_versions: np.ndarray
     score: float
     ended: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What policy and critic say: per response token, one f32 [R] per row."""
+
+    logprobs: list[np.ndarray]
+    entropies: list[np.ndarray]
+    values: list[np.ndarray]
+
+
+def evaluated_rows(rows: ScoredRollouts, evaluation: Evaluation) -> list[EvaluatedRow]:
+    """Rows as they came, with what was said of them."""
+    ref_logprobs = rows.ref_logprobs if isinstance(rows, ReferencedRollouts) else evaluation.logprobs
+    columns = {
+        "sample_id": rows.sample_id,
+        "prompt_id": rows.prompt_id,
+        "prompt_ids": rows.prompt_ids,
+        "response_ids": rows.response_ids,
+        "rollout_logprobs": rows.rollout_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "old_logprobs": evaluation.logprobs,
+        "values": evaluation.values,
+        "entropies": evaluation.entropies,
+        "weight_versions": rows.weight_versions,
+        "score": rows.score.tolist(),
+        "ended": [reason == "stop" for reason in rows.finish_reason],
+    }
+    whole = zip(*columns.values(), strict=True)
+    return [EvaluatedRow(**dict(zip(columns, fields, strict=True))) for fields in whole]
 
 
 @dataclass(frozen=True, eq=False)

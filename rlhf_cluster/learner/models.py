@@ -16,22 +16,14 @@ from rlhf_cluster.engine.average import WeightAverage
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.critic import Critic, NoCritic
+from rlhf_cluster.learner.experience import Evaluation
 from rlhf_cluster.learner.step import Step, guarded_step
-from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, singles
-from rlhf_cluster.models.forward import PolicyModule
+from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, share, singles
+from rlhf_cluster.models.forward import PolicyModule, attends_to_all
 from rlhf_cluster.models.load import compute_device, load_policy, resolve_attention, resolve_dtype
 from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.weights.adapter import HEADER
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """Per response token, one f32 [R] per row."""
-
-    logprobs: list[np.ndarray]
-    entropies: list[np.ndarray]
-    values: list[np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +62,13 @@ class ActorCritic:
         dtype, attention = resolve_dtype(model.dtype), resolve_attention(model.attention)
         self.ranks = ranks
         self.device = compute_device()
-        self._tokens_per_micro_batch = cfg.engine.tokens_per_micro_batch
+        self.tokens_per_micro_batch = cfg.engine.tokens_per_micro_batch
         logprobs = partial(logprobs_from_logits, entropy_gradient=entropy_gradient)
         language_model = load_policy(policy_path, None, attention)
         self._adapters = Adapters(language_model, cfg.lora)
         policy = PolicyModule(language_model, logprobs)
         self.policy_config = language_model.config
+        self._attends_to_all = attends_to_all(language_model)
         self.policy = TrainEngine(policy, cfg.engine, cfg.policy, dtype, ranks)
         self.average = WeightAverage(self.policy, ema_decay) if ema_decay else None
         self.critic: Critic | NoCritic = NoCritic()
@@ -87,9 +80,9 @@ class ActorCritic:
             adapters = Adapters(value.body, cfg.lora)
             self.critic = Critic(value, adapters, TrainEngine(value, cfg.engine, cfg.critic, dtype, ranks))
 
-    def step_policy(self, rate: float, guardrails: GuardrailsConfig) -> Step:
-        """One optimizer step, which the average follows. A collective."""
-        step = guarded_step(self.policy, rate, guardrails)
+    def step_policy(self, rate: float, guardrails: GuardrailsConfig, scale: float = 1.0) -> Step:
+        """One optimizer step on the gradient times `scale`, which the average follows. A collective."""
+        step = guarded_step(self.policy, rate, guardrails, scale)
         if step.taken and self.average is not None:
             self.average.update()
         return step
@@ -130,10 +123,24 @@ class ActorCritic:
     def engines(self) -> dict[str, TrainEngine]:
         return {"policy": self.policy, **self.critic.engines}
 
-    def micro_batches(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> list[PackedBatch]:
-        """This rank's micro-batches, filled up with dummies to the number of the busiest rank. A collective."""
-        own = micro_batches(prompts, responses, singles(len(prompts)), self._tokens_per_micro_batch)
+    def micro_batches(
+        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], context: int = 0
+    ) -> list[PackedBatch]:
+        """This rank's micro-batches, filled up with dummies to the number of the busiest rank. `context`: responses to
+        one prompt share it, in rows of so many tokens; 0: they do not. A collective."""
+        shared = context > 0 and self._attends_to_all
+        rows = share(prompts, responses, context) if shared else singles(len(prompts))
+        own = micro_batches(prompts, responses, rows, self.tokens_per_micro_batch, shared)
         return [batch.to(self.device) for batch in filled_up(own, int(self.ranks.max(len(own))))]
+
+    def flat(self, batch: PackedBatch, ragged: Sequence[np.ndarray]) -> torch.Tensor:
+        """Per-token arrays, one for each sequence of the caller's, in the micro-batch's order: f32 [N]."""
+        return torch.from_numpy(np.concatenate(batch.select(ragged))).to(self.device)
+
+    def token_mask(self, batch: PackedBatch) -> torch.Tensor:
+        """1 for each response token, 0 for those of a dummy: f32 [N]."""
+        real = np.repeat(batch.sequences >= 0, batch.response_lengths).astype(np.float32)
+        return torch.from_numpy(real).to(self.device)
 
     @torch.no_grad()
     def evaluate(

@@ -27,10 +27,10 @@ class Step:
         tally.mean(f"{model}/steps_skipped", float(not self.taken), 1)
 
 
-def guarded_step(engine: TrainEngine, rate: float, guardrails: GuardrailsConfig) -> Step:
-    """An optimizer step that a gradient beyond its rail does not make, and one that is not finite never does. A
-    collective."""
+def guarded_step(engine: TrainEngine, rate: float, guardrails: GuardrailsConfig, scale: float = 1.0) -> Step:
+    """An optimizer step on the gradient times `scale`, that a gradient beyond its rail does not make, and one that is
+    not finite never does. A collective."""
     rail = guardrails.grad_norm
     limit = rail.limit if rail.limit and rail.action != "warn" else math.inf
-    norm = engine.step_within(rate, limit)
+    norm = engine.step_within(rate, limit, scale)
     return Step(norm, norm <= limit and math.isfinite(norm))

@@ -14,16 +14,18 @@ import torch
 from rlhf_cluster.config import GenerationConfig, LearnerConfig, ModelConfig, PPOConfig
 from rlhf_cluster.engine.ranks import Ranks, join_ranks
 from rlhf_cluster.engine.schedule import learning_rate
-from rlhf_cluster.learner.experience import EvaluatedRow, make_experience
+from rlhf_cluster.learner.experience import EvaluatedRow, evaluated_rows, make_experience
+from rlhf_cluster.learner.gradient import PolicyGradient
 from rlhf_cluster.learner.mix import PretrainingMix
-from rlhf_cluster.learner.models import ActorCritic, Evaluation
+from rlhf_cluster.learner.models import ActorCritic
 from rlhf_cluster.learner.plan import BatchPlan, plan_batch
 from rlhf_cluster.learner.state import load_state, save_state
 from rlhf_cluster.learner.statistics import seconds_by_part
+from rlhf_cluster.learner.stream import GradientStream
 from rlhf_cluster.learner.update import StepRates, Updater
 from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts, UpdateStats
+from rlhf_cluster.records import Controls, Pretraining, ScoredRollouts, UpdateStats
 from rlhf_cluster.weights.probe import Probe
 from rlhf_cluster.weights.snapshot import Slot, Snapshot, stream_snapshot
 
@@ -39,13 +41,24 @@ class OpenBatch:
     """A batch between `begin` and `update` on this rank."""
 
     plan: BatchPlan
+    gradient: PolicyGradient
     rows: dict[str, EvaluatedRow] = field(default_factory=dict)
-    early: list[ScoredRollouts] = field(default_factory=list)  # what came before the policy that it will update
+    waiting: list[ScoredRollouts] = field(default_factory=list)  # to be evaluated
+    taken: list[ScoredRollouts] = field(default_factory=list)  # of which `rows` were made
     seconds: float = 0.0  # spent on evaluation
 
-    def take_early(self) -> list[ScoredRollouts]:
-        early, self.early = self.early, []
-        return early
+    @property
+    def waiting_tokens(self) -> int:
+        ids = [column for part in self.waiting for column in (part.prompt_ids, part.response_ids)]
+        return sum(sum(map(len, column)) for column in ids)
+
+    def take(self) -> ScoredRollouts:
+        """Of what waits, the rows that are not here yet, by sample id."""
+        rows = ScoredRollouts.concat(self.waiting)
+        self.taken, self.waiting = [*self.taken, *self.waiting], []
+        wanted = self.plan.owners.keys() - self.rows.keys()
+        fresh = {sample_id: i for i, sample_id in enumerate(rows.sample_id) if sample_id in wanted}
+        return rows.take([fresh[sample_id] for sample_id in sorted(fresh)])
 
 
 class LearnerWorker:
@@ -84,6 +97,8 @@ class LearnerWorker:
             self._ppo.advantage.needs_critic,
             self._ppo.ema_decay,
         )
+        streams, context = self._ppo.streams_gradients, self._model.context
+        self._stream = GradientStream(self._models, self._ppo, self._generation, context) if streams else None
         ptx, size = self._ppo.ptx, self._ppo.minibatch_size
         self._mix = PretrainingMix(pretraining, ptx.ratio, size, self._seed) if ptx.coef else None
 
@@ -91,8 +106,11 @@ class LearnerWorker:
         """Returns the rank that each sample's row goes to. A batch that was updated from is not opened again."""
         plan = plan_batch(sample_ids, self._ppo.minibatch_size, self._ranks.world, self._batch_seed(step))
         if not self._is_done(step):
-            self._open.setdefault(step, OpenBatch(plan))
+            self._open.setdefault(step, OpenBatch(plan, self._new_gradient()))
         return plan.owners
+
+    def _new_gradient(self) -> PolicyGradient:
+        return PolicyGradient(self._models, self._ppo, self._generation)
 
     def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> dict[str, int]:
         """Other members in the places of some; returns the rank of every member. Repeated, it changes nothing."""
@@ -101,6 +119,8 @@ class LearnerWorker:
         if step not in self._open:
             raise LearnerError(f"members of batch {step} are to change, but the open batches are {sorted(self._open)}")
         batch = self._open[step]
+        if self._stream is not None and batch.rows.keys() & set(gone):
+            raise LearnerError(f"members of batch {step} are to leave, but their gradient is computed already")
         batch.plan = batch.plan.replaced(gone, come)
         for sample_id in gone:
             batch.rows.pop(sample_id, None)
@@ -122,27 +142,28 @@ class LearnerWorker:
 
     def add(self, step: int, rows: ScoredRollouts, start: int, stop: int) -> None:
         """Evaluates this rank's rows, `start` to `stop`, or keeps them until the policy is the one that their batch
-        will update: old logprobs and values are always its own. Rows that it holds already are left as they are. A
-        collective."""
+        will update: old logprobs and values are always its own. Where gradients stream, rows wait for a full
+        micro-batch. Rows that it holds already are left as they are. A collective."""
         if self._is_done(step):
             return
         if step not in self._open:
             raise LearnerError(f"rows of batch {step} arrived, but the open batches are {sorted(self._open)}")
-        batch, share = self._open[step], rows.slice(start, stop)
-        if step > self._version:
-            batch.early.append(share)
-        else:
-            self._evaluate(batch, [*batch.take_early(), share])
+        batch = self._open[step]
+        batch.waiting.append(rows.slice(start, stop))
+        if step == self._version and (self._stream is None or self._stream.is_enough(batch.waiting_tokens)):
+            self._evaluate(batch)
 
-    def _evaluate(self, batch: OpenBatch, parts: Sequence[ScoredRollouts]) -> None:
-        """A collective."""
+    def _evaluate(self, batch: OpenBatch) -> None:
+        """What waits. A collective."""
+        if not batch.waiting:
+            return
         began = time.perf_counter()
-        rows = ScoredRollouts.concat(parts)
-        wanted = batch.plan.owners.keys() - batch.rows.keys()
-        fresh = {sample_id: i for i, sample_id in enumerate(rows.sample_id) if sample_id in wanted}
-        rows = rows.take([fresh[sample_id] for sample_id in sorted(fresh)])
-        evaluation = self._models.evaluate(rows.prompt_ids, rows.response_ids, self._generation.temperature)
-        for row in _evaluated(rows, evaluation):
+        rows = batch.take()
+        if self._stream is None:
+            evaluation = self._models.evaluate(rows.prompt_ids, rows.response_ids, self._generation.temperature)
+        else:
+            evaluation = self._stream.evaluate(rows, batch.gradient)
+        for row in evaluated_rows(rows, evaluation):
             batch.rows[row.sample_id] = row
         batch.seconds += time.perf_counter() - began
 
@@ -152,8 +173,7 @@ class LearnerWorker:
             return self._last
         if step not in self._open:
             raise LearnerError(f"update of batch {step}, but the open batches are {sorted(self._open)}")
-        if early := self._open[step].take_early():
-            self._evaluate(self._open[step], early)
+        self._evaluate(self._open[step])
         self._require_whole(step)
         batch = self._open.pop(step)
         rows = [batch.rows[sample_id] for sample_id in sorted(batch.rows)]
@@ -161,7 +181,7 @@ class LearnerWorker:
         longest = self._generation.max_response_tokens
         experience = make_experience(rows, self._ppo, controls, self._ranks, longest)
         rates = self._rates(step)
-        updater = Updater(self._models, experience, controls, self._ppo, self._generation, self._mix)
+        updater = Updater(self._models, experience, controls, self._ppo, batch.gradient, self._mix)
         metrics = updater.run(batch.plan, self._batch_seed(step), self._version, rates, step)
         metrics |= seconds_by_part({"evaluate": batch.seconds})
         self._version = step + 1
@@ -239,24 +259,14 @@ class LearnerWorker:
         load_state(self._models.engines, Path(directory) / "state", self._models.average)
         self._version = version
         self._open = {step: batch for step, batch in self._open.items() if step >= version}
+        for batch in self._open.values():
+            self._begin_again(batch)
         self._last = None
 
-
-def _evaluated(rows: ScoredRollouts, evaluation: Evaluation) -> list[EvaluatedRow]:
-    ref_logprobs = rows.ref_logprobs if isinstance(rows, ReferencedRollouts) else evaluation.logprobs
-    columns = {
-        "sample_id": rows.sample_id,
-        "prompt_id": rows.prompt_id,
-        "prompt_ids": rows.prompt_ids,
-        "response_ids": rows.response_ids,
-        "rollout_logprobs": rows.rollout_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "old_logprobs": evaluation.logprobs,
-        "values": evaluation.values,
-        "entropies": evaluation.entropies,
-        "weight_versions": rows.weight_versions,
-        "score": rows.score.tolist(),
-        "ended": [reason == "stop" for reason in rows.finish_reason],
-    }
-    whole = zip(*columns.values(), strict=True)
-    return [EvaluatedRow(**dict(zip(columns, fields, strict=True))) for fields in whole]
+    def _begin_again(self, batch: OpenBatch) -> None:
+        """What another policy said of its rows is forgotten, and the gradient that came with it. A collective."""
+        if batch.taken and self._stream is not None:
+            self._models.policy.forget_gradient()
+        batch.waiting, batch.taken = [*batch.taken, *batch.waiting], []
+        batch.rows.clear()
+        batch.gradient = self._new_gradient()

@@ -6,14 +6,21 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from real import COUNT, LONGEST, MODEL, NO_ADAPTERS, NO_TEXT, Start
 
+from rlhf_cluster.config import EngineConfig, GenerationConfig, LearnerConfig, LoRAConfig, OptimizerConfig, PPOConfig
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.experience import EvaluatedRow
+from rlhf_cluster.learner.worker import LearnerWorker
+from rlhf_cluster.models.score_head import ScalarHeadModel
+from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.records import Pretraining
 
 DEADLINE_S = 20
 
@@ -79,5 +86,39 @@ def row() -> Callable[..., EvaluatedRow]:
         per_token = {"ref_logprobs": ref, "old_logprobs": old, "values": values}
         fields |= {name: np.array(given, np.float32) for name, given in per_token.items()}
         return EvaluatedRow(sample_id=sample_id, **(fields | said))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reward_model")
+    model = ScalarHeadModel.from_policy(tiny, torch.float32, "eager", seed=7)
+    with torch.no_grad():
+        model.score.bias.fill_(0.25)
+    model.save(path, load_tokenizer(tiny), torch.float32)
+    return path
+
+
+@pytest.fixture
+def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> Start:
+    """A learner as the run starts it. All live in this process's gang of one."""
+
+    def make(
+        tokens_per_micro_batch: int = 64,
+        minibatch_size: int = 4,
+        text: Pretraining = NO_TEXT,
+        lora: LoRAConfig = NO_ADAPTERS,
+        stage: int = 0,
+        critic: Path = reward_model,
+        **changed: Any,
+    ) -> LearnerWorker:
+        rate = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
+        engine = EngineConfig(zero_stage=stage, tokens_per_micro_batch=tokens_per_micro_batch)
+        cfg = LearnerConfig(rate, rate, lora, engine)
+        ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, **changed)
+        worker = LearnerWorker(cfg, ppo, MODEL, GenerationConfig(temperature=0.7, max_response_tokens=LONGEST), seed=5)
+        worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, critic, text)
+        return worker
 
     return make

@@ -13,7 +13,7 @@ import torch
 from rlhf_cluster.algo.losses import policy_loss
 from rlhf_cluster.config import ADVANTAGES, GROUP_ADVANTAGES, AdvantageConfig, PPOConfig
 from rlhf_cluster.learner.experience import EvaluatedRow, Experience, make_experience
-from rlhf_cluster.learner.update import Size, token_shares
+from rlhf_cluster.learner.gradient import Size, token_shares
 from rlhf_cluster.records import Controls
 
 OnRanks = Callable[[int, Callable[[Any], Any]], list[Any]]
@@ -146,5 +146,5 @@ def test_length_costs_within_the_buffer(row: Callable[..., EvaluatedRow], on_ran
 )
 def test_what_a_token_counts_for_by_hand(loss_mean: str, expected: list[float]) -> None:
     """Responses of 2, 1 and 1 tokens, of a minibatch of 10 tokens in 3 responses over all ranks; at most 6 tokens."""
-    found = token_shares(np.array([2, 1, 1]), loss_mean, Size(10.0, 3.0), LONGEST)
+    found = token_shares(np.array([2, 1, 1]), loss_mean, LONGEST) / Size(10.0, 3.0).divisor(loss_mean)
     assert found.tolist() == pytest.approx(expected)

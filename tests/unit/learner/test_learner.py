@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,26 @@ import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
+from real import (
+    CONTROLS,
+    COUNT,
+    MODEL,
+    TEXT,
+    Start,
+    distance,
+    give,
+    numbers,
+    rows,
+    updated,
+    weights,
+    with_column,
+)
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_cluster.config import (
     ADVANTAGES,
     AdvantageConfig,
-    EngineConfig,
-    GenerationConfig,
     GuardrailsConfig,
     KLConfig,
     LearnerConfig,
@@ -29,7 +40,6 @@ from rlhf_cluster.config import (
     ModelConfig,
     OffPolicyConfig,
     OptimizerConfig,
-    PPOConfig,
     PTXConfig,
     RailConfig,
     RewardConfig,
@@ -43,111 +53,9 @@ from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
-from rlhf_cluster.records import Controls, Pretraining, ReferencedRollouts, ScoredRollouts
+from rlhf_cluster.records import Controls, ReferencedRollouts, ScoredRollouts
 from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs
 from rlhf_cluster.weights.adapter import unpack
-
-EOS, COUNT = 258, 8
-LONGEST = 13  # response tokens
-MODEL = ModelConfig(source="tiny", dtype="float32", attention="eager")
-Start = Callable[..., LearnerWorker]
-CONTROLS = Controls(0.02)
-NO_TEXT, NO_ADAPTERS = Pretraining.empty(), LoRAConfig()
-TEXT = Pretraining.of({"token_ids": np.random.default_rng(9).integers(0, 256, (6, 12)).tolist()})
-
-
-def rows(step: int = 0) -> ReferencedRollouts:
-    """A batch of `COUNT` rollouts of different lengths, half of them ended."""
-    rng = np.random.default_rng(step)
-    responses = [rng.integers(0, 256, rng.integers(1, 14)).tolist() for _ in range(COUNT)]
-    for response in responses[::2]:
-        response[-1] = EOS
-    noise = [rng.normal(-5.5, 0.3, len(response)).tolist() for response in responses]
-    return ReferencedRollouts.of(
-        {
-            "prompt_id": [f"p{i}" for i in range(COUNT)],
-            "prompt_ids": [rng.integers(0, 256, rng.integers(1, 10)).tolist() for _ in range(COUNT)],
-            "step": [step] * COUNT,
-            "sample_index": [0] * COUNT,
-            "sample_id": [f"{step}/p{i}/0" for i in range(COUNT)],
-            "seed": list(range(COUNT)),
-            "response_ids": responses,
-            "rollout_logprobs": noise,
-            "weight_versions": [[step] * len(response) for response in responses],
-            "finish_reason": ["stop" if response[-1] == EOS else "length" for response in responses],
-            "temperature": [0.7] * COUNT,
-            "incarnation": ["test"] * COUNT,
-            "score": rng.normal(size=COUNT).tolist(),
-            "failure": [""] * COUNT,
-            "ref_logprobs": noise,
-        }
-    )
-
-
-def with_column(batch: ReferencedRollouts, name: str, values: Any) -> ReferencedRollouts:
-    place, field = batch.table.column_names.index(name), batch.table.schema.field(name)
-    return ReferencedRollouts(batch.table.set_column(place, field, pa.array(values, field.type)))
-
-
-@pytest.fixture(scope="module")
-def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("reward_model")
-    model = ScalarHeadModel.from_policy(tiny, torch.float32, "eager", seed=7)
-    with torch.no_grad():
-        model.score.bias.fill_(0.25)
-    model.save(path, load_tokenizer(tiny), torch.float32)
-    return path
-
-
-@pytest.fixture
-def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> Start:
-    """A learner as the run starts it. All live in this process's gang of one."""
-
-    def make(
-        tokens_per_micro_batch: int = 64,
-        minibatch_size: int = 4,
-        text: Pretraining = NO_TEXT,
-        lora: LoRAConfig = NO_ADAPTERS,
-        stage: int = 0,
-        critic: Path = reward_model,
-        **changed: Any,
-    ) -> LearnerWorker:
-        rate = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
-        engine = EngineConfig(zero_stage=stage, tokens_per_micro_batch=tokens_per_micro_batch)
-        cfg = LearnerConfig(rate, rate, lora, engine)
-        ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, **changed)
-        worker = LearnerWorker(cfg, ppo, MODEL, GenerationConfig(temperature=0.7, max_response_tokens=LONGEST), seed=5)
-        worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, critic, text)
-        return worker
-
-    return make
-
-
-def give(worker: LearnerWorker, batch: ScoredRollouts, order: list[int] | None = None, chunk: int = 3) -> None:
-    """`begin`, then `add` in tables of `chunk` rows."""
-    step = int(batch.step[0])
-    worker.begin(step, batch.sample_id)
-    arrived = batch.take(order or range(len(batch)))
-    for first in range(0, len(arrived), chunk):
-        part = arrived.slice(first, min(first + chunk, len(arrived)))
-        worker.add(step, part, 0, len(part))
-
-
-def numbers(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("learner_s/")}
-
-
-def weights(worker: LearnerWorker) -> dict[str, torch.Tensor]:
-    return {
-        f"{model}/{n}": t.clone()
-        for model, engine in worker._models.engines.items()
-        for n, t in engine.full_parameters()
-    }
-
-
-def distance(some: LearnerWorker, other: LearnerWorker) -> float:
-    others = weights(other)
-    return max(float((tensor - others[name]).abs().max()) for name, tensor in weights(some).items())
 
 
 def test_the_first_minibatch_has_ratio_1_and_clips_nothing(start: Start) -> None:
@@ -160,11 +68,6 @@ def test_the_first_minibatch_has_ratio_1_and_clips_nothing(start: Start) -> None
     assert found["actor/first_clipfrac"] == found["actor/pg_clipfrac"] == found["critic/vf_clipfrac"] == 0.0
     assert found["actor/ppo_kl"] < 1e-9
     assert found["actor/grad_norm"] > 1e-3  # advantages are whitened: the loss is 0, its gradient is not
-
-
-def updated(worker: LearnerWorker, controls: Controls = CONTROLS, step: int = 0) -> dict[str, float]:
-    give(worker, rows(step))
-    return dict(worker.update(step, controls).metrics)
 
 
 def test_guardrails_read_what_the_learner_says(start: Start) -> None:

@@ -1,0 +1,129 @@
+"""How many tokens a second does the learner train on, beside the loop that one writes first (`plain.py`)?
+
+    python benchmarks/learner.py [--prompts 8] [--samples 2] [--prompt-tokens 40] [--tokens 32] [--skewed] [--threads 1]
+        [--rounds 5] [--model smollm2_135m] [KEY=VALUE ...]
+
+Both do for the same rows what an update without a critic takes: old logprobs, the clipped loss's gradient, clipping,
+one step of AdamW. Ours is the learner itself, one rank under DeepSpeed with its fp32 masters and all its metrics; the
+plain loop keeps bfloat16 alone. `--skewed`: log-normal lengths with `--tokens` as the longest. Prints one table and
+writes `benchmarks/results/learner-<utc>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from plain import PlainLearner
+from rounds import interleaved, ratio, show, write
+
+from rlhf_cluster.config import RunConfig, load
+from rlhf_cluster.learner.worker import LearnerWorker
+from rlhf_cluster.models.build import prepare_model
+from rlhf_cluster.models.load import resolve_dtype
+from rlhf_cluster.records import Controls, Pretraining, Rollouts, ScoredRollouts
+from rlhf_cluster.telemetry.quiet import quiet_libraries
+
+GOAL = 2.2
+MICRO_BATCH = 4  # of the plain loop
+IDS = 1000  # tokens of these ids alone
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tokens per second of the learner and of a plain torch loop.")
+    defaults = {"prompts": 8, "samples": 2, "prompt-tokens": 40, "tokens": 32, "threads": 1, "rounds": 5}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--skewed", action="store_true", help="log-normal lengths, --tokens the longest")
+    parser.add_argument("--model", default="smollm2_135m", help="a choice of conf/model")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
+    return parser.parse_args()
+
+
+def configuration(args: argparse.Namespace) -> RunConfig:
+    responses = args.prompts * args.samples
+    ours = [
+        *(f"model={args.model}", "data=sentiment", "name=learner", "advantage=grpo", "kl=none"),
+        *(f"ppo.batch_size={responses}", f"ppo.minibatch_size={responses}", f"ppo.samples_per_prompt={args.samples}"),
+        *("ppo.epochs=1", "ppo.steps=1000", f"generation.max_response_tokens={args.tokens}", "reward=random"),
+        f"learner.resources.threads={args.threads}",
+    ]
+    return load([*ours, *args.overrides], "ppo")
+
+
+def make_rows(args: argparse.Namespace, step: int) -> ScoredRollouts:
+    """One batch; the logprobs that came with it matter to nothing."""
+    rng = np.random.default_rng(step)
+    count, longest = args.prompts * args.samples, args.tokens
+    skewed = np.minimum(np.ceil(longest * rng.lognormal(-1.5, 0.8, count)), longest).astype(int)
+    lengths = skewed if args.skewed else np.full(count, longest)
+    prompts = rng.integers(0, IDS, (args.prompts, args.prompt_tokens)).astype(np.int32)
+    columns = {
+        "prompt_id": [f"p{i // args.samples}" for i in range(count)],
+        "prompt_ids": [prompts[i // args.samples] for i in range(count)],
+        "step": [step] * count,
+        "sample_index": [i % args.samples for i in range(count)],
+        "sample_id": [f"{step}/p{i // args.samples}/{i % args.samples}" for i in range(count)],
+        "seed": [0] * count,
+        "response_ids": [rng.integers(0, IDS, length).astype(np.int32) for length in lengths],
+        "rollout_logprobs": [np.full(length, -7.0, np.float32) for length in lengths],
+        "weight_versions": [np.full(length, step, np.int32) for length in lengths],
+        "finish_reason": ["length"] * count,
+        "temperature": [1.0] * count,
+        "incarnation": ["none"] * count,
+    }
+    scores = {"score": rng.normal(size=count), "failure": [""] * count}
+    return Rollouts.of(columns).extend(ScoredRollouts, scores)
+
+
+def learner(cfg: RunConfig, policy: Path) -> Callable[[ScoredRollouts], None]:
+    worker = LearnerWorker(cfg.learner, cfg.ppo, cfg.model, cfg.generation, cfg.seed)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    worker.start(0, 1, ("127.0.0.1", port), 600.0, policy, None, Pretraining.empty())
+    steps = iter(range(cfg.ppo.steps))
+
+    def train(rows: ScoredRollouts) -> None:
+        step = next(steps)
+        worker.begin(step, rows.sample_id)
+        worker.add(step, rows, 0, len(rows))
+        worker.update(step, Controls(0.0))
+
+    return train
+
+
+def main() -> None:
+    args = arguments()
+    quiet_libraries()
+    torch.set_num_threads(args.threads)
+    cfg = configuration(args)
+    policy = prepare_model(cfg.model)
+    rows = make_rows(args, 0)
+    ours, plain = learner(cfg, policy), PlainLearner(policy, resolve_dtype(cfg.model.dtype), MICRO_BATCH, 1e-6)
+    found = interleaved(
+        {
+            "plain torch loop": lambda: plain(rows.prompt_ids, rows.response_ids, rows.score.tolist()),
+            "learner": lambda: ours(rows),
+        },
+        args.rounds,
+    )
+    tokens = sum(map(len, rows.prompt_ids)) + sum(map(len, rows.response_ids))
+    gain = ratio(found["plain torch loop"], found["learner"])
+    lines = [
+        [name, f"{one.median:.2f}", f"{min(one.seconds):.2f}", f"{max(one.seconds):.2f}", f"{tokens / one.median:.0f}"]
+        for name, one in found.items()
+    ]
+    last = ["learner over plain", f"{gain['median']:.2f} x", f"{gain['min']:.2f}", f"{gain['max']:.2f}", f">= {GOAL}"]
+    title = f"an update of {len(rows)} responses, {tokens} tokens with their prompts, {args.threads} threads"
+    show(title, ["", "seconds, median", "min", "max", "tokens/s"], [*lines, last], [])
+    seconds = {name: vars(one) for name, one in found.items()}
+    write("learner", {"arguments": vars(args), "tokens": tokens, "contenders": seconds, "ratio": gain, "goal": GOAL})
+
+
+if __name__ == "__main__":
+    main()
