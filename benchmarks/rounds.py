@@ -56,7 +56,7 @@ def ratio(of: Measured, over: Measured) -> dict[str, float]:
 
 def show(title: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> None:
     """`rows` of text, numbers among it already with their digits."""
-    console, table = Console(highlight=False), Table(title=title)
+    console, table = Console(highlight=False, width=max(120, Console().width)), Table(title=title)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:

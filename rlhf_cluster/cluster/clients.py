@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from rlhf_cluster.cluster.waits import Call, WorkerDied, WorkerError, answer, an
 from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot
 
+TOGETHER = 64  # rows of a table on its way to scorers and learner
+AHEAD = 4  # a worker has a queue of a fourth of what it samples at once, and is given more when that is gone
 CALLS_AHEAD = 2  # of a worker of a pool: the one that it is at, and one that it finds when that is done
 
 
@@ -30,58 +34,121 @@ class Lease:
     sample_ids: frozenset[str]
 
 
-class GenerationPool:
-    """Keeps `rooms.Generation`: deals members out by lease, streams what ends, passes published weights on."""
+@dataclass(eq=False)
+class Asked:
+    """Members that are being sampled: where their rollouts arrive, and the leases that they went out with."""
 
-    def __init__(self, hosts: Sequence[Host], channel: WeightChannel, deadline_s: float) -> None:
+    members: Members
+    arrived: asyncio.Queue[Rollouts | Exception] = field(default_factory=asyncio.Queue)
+    leases: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def pieces(self) -> list[Piece]:
+        """Neighbours of one prompt together."""
+        prompts, steps = np.array(self.members.prompt_id), self.members.step
+        others = np.flatnonzero(prompts[1:] != prompts[:-1]) + 1
+        groups = np.split(np.arange(len(prompts)), others)
+        return [Piece(int(steps[rows[0]]), rows, self) for rows in groups if len(rows)]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows of the members that were asked for, which go to one worker."""
+
+    step: int
+    rows: np.ndarray
+    asked: Asked
+
+
+class GenerationPool:
+    """Keeps `rooms.Generation`: deals members out by lease, streams what ends, passes published weights on.
+
+    A worker is given about as many responses as it samples at once (`at_once`), and more as they end; the rest waits
+    here, older batches first, so that no worker is idle while others have a queue. Responses to one prompt stay
+    together, for a worker computes it once.
+    """
+
+    def __init__(
+        self, hosts: Sequence[Host], channel: WeightChannel, deadline_s: float, at_once: int = 64, flush_ms: int = 0
+    ) -> None:
         self._hosts, self._channel, self._deadline_s = hosts, channel, deadline_s
-        self._leases = itertools.count()
+        self._most, self._refill = at_once + at_once // AHEAD, max(1, at_once // AHEAD)
+        self._flush_s = flush_ms / 1000
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[int, int, Piece]] = []  # a heap by step and number
+        self._outstanding = [0] * len(hosts)  # responses that each worker owes
         self.held: dict[int, Lease] = {}
 
     async def sample(self, members: Members) -> AsyncIterator[Rollouts]:
-        arrived: asyncio.Queue[Rollouts | None] = asyncio.Queue()
-        shares = [np.arange(i, len(members), len(self._hosts)) for i in range(len(self._hosts))]
-        async with asyncio.TaskGroup() as workers:
-            holders = [
-                workers.create_task(self._lease(host, members.take(share), arrived))
-                for host, share in zip(self._hosts, shares, strict=True)
-                if len(share)
-            ]
-            running = len(holders)
-            while running:
-                rollouts = await self._next(arrived, holders)
-                if rollouts is None:
-                    running -= 1
-                else:
-                    yield rollouts
+        """What came within `flush_ms` leaves as one table of about `TOGETHER` rows, since each of them costs the driver
+        a millisecond; the last `TOGETHER` responses leave at once."""
+        asked = Asked(members)
+        for piece in asked.pieces():
+            heapq.heappush(self._waiting, (piece.step, next(self._numbers), piece))
+        self._deal(range(len(self._hosts)))
+        remaining = len(members)
+        try:
+            while remaining:
+                rollouts = await self._ready(asked.arrived, remaining > TOGETHER)
+                remaining -= len(rollouts)
+                yield rollouts
+        finally:
+            self._waiting = [one for one in self._waiting if one[2].asked is not asked]
+            heapq.heapify(self._waiting)
+            for lease in asked.leases:
+                lease.cancel()
 
-    async def _next(
-        self, arrived: asyncio.Queue[Rollouts | None], holders: Sequence[asyncio.Task[None]]
-    ) -> Rollouts | None:
-        """The next table, or the failure of a holder: a queue alone would wait for ever on a worker that failed."""
-        taking = asyncio.ensure_future(arrived.get())
-        while True:
-            failed = [task for task in holders if task.done() and task.exception() is not None]
-            if failed:
-                taking.cancel()
-                failed[0].result()
-            pending = [task for task in holders if not task.done()]
-            await asyncio.wait([taking, *pending], return_when=asyncio.FIRST_COMPLETED)
-            if taking.done():
-                return taking.result()
+    async def _ready(self, arrived: asyncio.Queue[Rollouts | Exception], patient: bool) -> Rollouts:
+        """What has arrived. Raises what a lease failed with."""
+        ready = [await arrived.get()]
+        if patient and len(self._hosts) > 1:
+            await asyncio.sleep(self._flush_s)
+        while not arrived.empty() and sum(len(one) for one in ready if isinstance(one, Rollouts)) < TOGETHER:
+            ready.append(arrived.get_nowait())
+        for failure in (one for one in ready if isinstance(one, Exception)):
+            raise failure
+        return Rollouts.concat([one for one in ready if isinstance(one, Rollouts)])
 
-    async def _lease(self, host: Host, share: Members, arrived: asyncio.Queue[Rollouts | None]) -> None:
-        lease = Lease(next(self._leases), host.name, frozenset(share.sample_id))
+    def _deal(self, indices: Iterable[int]) -> None:
+        """Waiting pieces to whichever of these workers has fewest responses outstanding, as long as one has room for
+        `_refill` and until it has `_most`."""
+        if not self._waiting:
+            return
+        counts = [(self._outstanding[index], index) for index in indices]
+        free = [(count, index) for count, index in counts if self._most - count >= self._refill]
+        heapq.heapify(free)
+        dealt: dict[tuple[int, Asked], list[Piece]] = defaultdict(list)
+        while self._waiting and free:
+            count, index = heapq.heappop(free)
+            *_, piece = heapq.heappop(self._waiting)
+            dealt[index, piece.asked].append(piece)
+            count += len(piece.rows)
+            self._outstanding[index] = count
+            if count < self._most:
+                heapq.heappush(free, (count, index))
+        for (index, asked), pieces in dealt.items():
+            share = asked.members.take(np.concatenate([piece.rows for piece in pieces]))
+            asked.leases.append(asyncio.ensure_future(self._hold(index, share, asked)))
+
+    async def _hold(self, index: int, share: Members, asked: Asked) -> None:
+        """Passes on what comes of a lease of a worker, and its failure."""
+        host = self._hosts[index]
+        lease = Lease(next(self._numbers), host.name, frozenset(share.sample_id))
         self.held[lease.lease_id] = lease
         outstanding = set(lease.sample_ids)
         stream = host.actor.sample.options(num_returns="streaming").remote(share)
-        async for rollouts in answers(stream, Call(host.name, "sample", host.log), self._deadline_s):
-            outstanding -= set(rollouts.sample_id)
-            arrived.put_nowait(rollouts)
-        del self.held[lease.lease_id]
-        if outstanding:
-            raise WorkerDied(f"{host.name} ended lease {lease.lease_id} without {len(outstanding)} of its samples")
-        arrived.put_nowait(None)
+        try:
+            async for rollouts in answers(stream, Call(host.name, "sample", host.log), self._deadline_s):
+                outstanding -= set(rollouts.sample_id)
+                self._outstanding[index] -= len(rollouts)
+                asked.arrived.put_nowait(rollouts)
+                self._deal([index])
+            if outstanding:
+                raise WorkerDied(f"{host.name} ended lease {lease.lease_id} without {len(outstanding)} of its samples")
+        except Exception as error:
+            asked.arrived.put_nowait(error)
+        finally:
+            self._outstanding[index] -= len(outstanding)
+            del self.held[lease.lease_id]
 
     async def receive(self, version: int) -> dict[str, float]:
         store = self._channel.store

@@ -97,7 +97,11 @@ class Starter:
         channel = await self.open_channel()
         hosts, starting = self.start_generation(policy, 0)
         await asyncio.gather(*starting)
-        return GenerationPool(hosts, channel, self.cfg.cluster.call_timeout_s)
+        return self.generation_pool(hosts, channel)
+
+    def generation_pool(self, hosts: list[Host], channel: WeightChannel) -> GenerationPool:
+        cfg = self.cfg.generation
+        return GenerationPool(hosts, channel, self.cfg.cluster.call_timeout_s, cfg.max_num_seqs, cfg.flush_ms)
 
     def start_reward(self, policy: Path, reward_model: Path | None) -> list[Host]:
         """`policy`: whose tokens are read; `reward_model`: stage 2's, where there is one."""
@@ -217,7 +221,7 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
         )
         group = LearnerGroup(learner, channel, deadline)
         rooms = Rooms(
-            GenerationPool(generation, channel, deadline),
+            starter.generation_pool(generation, channel),
             RewardPool(reward, deadline),
             ReferencePool(reference, deadline) if reference else NoReference(),
             group,

@@ -1,0 +1,235 @@
+"""Who samples what: members are dealt out by how much each worker has to do. The workers here answer when the test says
+so; real ones stand in `tests/cluster/`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_cluster.cluster.clients import GenerationPool
+from rlhf_cluster.cluster.waits import WorkerDied, WorkerError
+from rlhf_cluster.records import Members, Rollouts
+
+AT_ONCE, DEADLINE_S = 8, 20  # with a queue of a fourth: 10 responses for a worker, and more when it owes 8
+
+
+@dataclass
+class Sampler:
+    """A generation worker that ends the responses that it is told to."""
+
+    name: str
+    log: Path = Path("its.log")
+    calls: list[Members] = field(default_factory=list)
+    ended: list[asyncio.Queue[list[int] | Exception | None]] = field(default_factory=list)
+
+    @property
+    def actor(self) -> Any:
+        called = SimpleNamespace(remote=self._sample)
+        return SimpleNamespace(sample=SimpleNamespace(options=lambda num_returns: called))
+
+    def _sample(self, members: Members) -> AsyncIterator[Awaitable[Rollouts]]:
+        self.calls.append(members)
+        self.ended.append(asyncio.Queue())
+        return self._stream(members, self.ended[-1])
+
+    async def _stream(
+        self, members: Members, ended: asyncio.Queue[list[int] | Exception | None]
+    ) -> AsyncIterator[Awaitable[Rollouts]]:
+        while (rows := await ended.get()) is not None:
+            if isinstance(rows, Exception):
+                raise rows
+            yield answered(members.take(rows))
+
+    def end(self, call: int, *rows: int) -> None:
+        """Of one call all rows where none are named, and the call itself."""
+        every = range(len(self.calls[call]))
+        self.ended[call].put_nowait(list(rows or every))
+        if not rows:
+            self.ended[call].put_nowait(None)
+
+    def got(self) -> list[int]:
+        return [len(call) for call in self.calls]
+
+
+async def answered(members: Members) -> Rollouts:
+    count = len(members)
+    return members.extend(
+        Rollouts,
+        {
+            "response_ids": [[1]] * count,
+            "rollout_logprobs": [[-1.0]] * count,
+            "weight_versions": [[0]] * count,
+            "finish_reason": ["stop"] * count,
+            "temperature": [1.0] * count,
+            "incarnation": ["test"] * count,
+        },
+    )
+
+
+def members(prompts: int, samples: int = 1, step: int = 0) -> Members:
+    count = prompts * samples
+    return Members.of(
+        {
+            "prompt_id": [f"p{i // samples}" for i in range(count)],
+            "prompt_ids": [[1, 2]] * count,
+            "step": [step] * count,
+            "sample_index": [i % samples for i in range(count)],
+            "sample_id": [f"{step}/p{i // samples}/{i % samples}" for i in range(count)],
+            "seed": list(range(count)),
+        }
+    )
+
+
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def collected(pool: GenerationPool, asked: Members) -> list[str]:
+    return [sample_id async for part in pool.sample(asked) for sample_id in part.sample_id]
+
+
+def scenario(steps: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(steps, DEADLINE_S))
+
+
+def pool_of(*workers: Sampler) -> GenerationPool:
+    return GenerationPool(workers, None, DEADLINE_S, AT_ONCE)  # type: ignore[arg-type]
+
+
+def test_what_all_can_take_at_once_is_dealt_out_evenly_in_one_call_each() -> None:
+    async def steps() -> None:
+        workers = [Sampler("generation 0"), Sampler("generation 1")]
+        collecting = asyncio.ensure_future(collected(pool_of(*workers), asked := members(7)))
+        await settled()
+        assert [worker.got() for worker in workers] == [[4], [3]]
+        for worker in workers:
+            worker.end(0)
+        assert sorted(await collecting) == sorted(asked.sample_id)
+
+    scenario(steps())
+
+
+def test_responses_to_one_prompt_stay_together() -> None:
+    async def steps() -> None:
+        workers = [Sampler("generation 0"), Sampler("generation 1")]
+        collecting = asyncio.ensure_future(collected(pool_of(*workers), members(3, samples=4)))
+        await settled()
+        groups = [[set(call.prompt_id) for call in worker.calls] for worker in workers]
+        assert groups == [[{"p0", "p2"}], [{"p1"}]]
+        for worker in workers:
+            worker.end(0)
+        await collecting
+
+    scenario(steps())
+
+
+def test_more_goes_to_whoever_is_done_first() -> None:
+    async def steps() -> None:
+        quick, slow = Sampler("generation 0"), Sampler("generation 1")
+        collecting = asyncio.ensure_future(collected(pool_of(quick, slow), asked := members(30)))
+        await settled()
+        assert (quick.got(), slow.got()) == ([10], [10])
+        quick.end(0, 0)
+        await settled()
+        assert quick.got() == [10]  # it has its queue still
+        quick.end(0, 1)
+        await settled()
+        assert quick.got() == [10, 2]
+        quick.end(0, *range(2, 10))
+        await settled()
+        assert quick.got() == [10, 2, 8] and slow.got() == [10]
+        quick.ended[0].put_nowait(None)
+        for call in (1, 2):
+            quick.end(call)
+        slow.end(0)
+        assert sorted(await collecting) == sorted(asked.sample_id)
+
+    scenario(steps())
+
+
+def test_an_older_batch_goes_first() -> None:
+    async def steps() -> None:
+        worker = Sampler("generation 0")
+        pool = pool_of(worker)
+        first = asyncio.ensure_future(collected(pool, members(10, step=5)))
+        await settled()
+        newer = asyncio.ensure_future(collected(pool, members(4, step=7)))
+        older = asyncio.ensure_future(collected(pool, members(4, step=6)))
+        await settled()
+        worker.end(0)
+        await settled()
+        assert [sorted(set(call.step.tolist())) for call in worker.calls] == [[5], [6], [7]]
+        worker.end(1)
+        worker.end(2)
+        assert [len(await one) for one in (first, older, newer)] == [10, 4, 4]
+        await settled()
+        assert pool.held == {} and pool._outstanding == [0]
+
+    scenario(steps())
+
+
+def test_what_fails_ends_the_batch_and_leaves_nothing_owed() -> None:
+    async def steps() -> None:
+        good, bad = Sampler("generation 0"), Sampler("generation 1")
+        pool = pool_of(good, bad)
+        collecting = asyncio.ensure_future(collected(pool, members(30)))
+        await settled()
+        bad.ended[0].put_nowait(WorkerDied("generation 1 died"))
+        with pytest.raises(WorkerDied, match="generation 1 died"):
+            await collecting
+        await settled()
+        assert pool.held == {} and pool._outstanding == [0, 0] and pool._waiting == []
+
+    scenario(steps())
+
+
+def test_a_lease_that_ends_early_is_an_error() -> None:
+    async def steps() -> None:
+        worker = Sampler("generation 0")
+        collecting = asyncio.ensure_future(collected(pool_of(worker), members(3)))
+        await settled()
+        worker.end(0, 0, 1)
+        worker.ended[0].put_nowait(None)
+        with pytest.raises(WorkerError, match=r"generation 0 ended lease .* without 1 of its samples"):
+            await collecting
+
+    scenario(steps())
+
+
+def test_what_comes_in_one_moment_leaves_as_one_table() -> None:
+    async def steps() -> None:
+        workers = [Sampler(f"generation {i}") for i in range(4)]
+        pool = GenerationPool(workers, None, DEADLINE_S, 64, 5)  # type: ignore[arg-type]
+        sizes: list[int] = []
+
+        async def count() -> None:
+            sizes.extend([len(part) async for part in pool.sample(members(200))])
+
+        counting = asyncio.ensure_future(count())
+        await settled()
+        for row in range(50):
+            for worker in workers:
+                worker.end(0, row)
+        for worker in workers:
+            worker.ended[0].put_nowait(None)
+        await counting
+        assert sum(sizes) == 200 and 4 < max(sizes) <= 64 + 1  # and not 200 tables of one row
+
+    scenario(steps())
+
+
+def test_nothing_asked_is_nothing_sampled() -> None:
+    async def steps() -> None:
+        worker = Sampler("generation 0")
+        assert await collected(pool_of(worker), members(1).take(np.zeros(0, int))) == []
+        assert worker.calls == []
+
+    scenario(steps())
