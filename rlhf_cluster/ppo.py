@@ -62,6 +62,7 @@ class Log:
     # further metrics that nothing learns from: of a batch, and of a version once generation serves it
     measure: Callable[[ScoredRollouts], Mapping[str, float]] = lambda batch: {}
     evaluate: Callable[[int, Awaitable[object]], Awaitable[Mapping[str, float]]] = _never
+    idle: Callable[[], Mapping[str, float]] = dict  # `idle/<role>` since it was asked last
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ def write_down(
             **log.measure(rows),
             **further,
             **seconds,
+            **log.idle(),
             "rollout/filtered": float(len(batch.others.get(FILTERED, ()))),
             "fault/dropped": float(len(batch.others.get(DROPPED, ()))),
             "fault/neutral": float(sum(map(bool, failures_of_parts(rows)))),

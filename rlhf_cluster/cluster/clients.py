@@ -16,7 +16,7 @@ import ray
 
 from rlhf_cluster.cluster.delivery import Delivery, WeightChannel
 from rlhf_cluster.cluster.hosts import Host
-from rlhf_cluster.cluster.waits import Call, WorkerDied, WorkerError, answer, answers
+from rlhf_cluster.cluster.waits import WorkerDied, WorkerError
 from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot
 
@@ -135,9 +135,8 @@ class GenerationPool:
         lease = Lease(next(self._numbers), host.name, frozenset(share.sample_id))
         self.held[lease.lease_id] = lease
         outstanding = set(lease.sample_ids)
-        stream = host.actor.sample.options(num_returns="streaming").remote(share)
         try:
-            async for rollouts in answers(stream, Call(host.name, "sample", host.log), self._deadline_s):
+            async for rollouts in host.stream("sample", share, deadline_s=self._deadline_s):
                 outstanding -= set(rollouts.sample_id)
                 self._outstanding[index] -= len(rollouts)
                 asked.arrived.put_nowait(rollouts)
@@ -151,9 +150,7 @@ class GenerationPool:
             del self.held[lease.lease_id]
 
     async def receive(self, version: int) -> dict[str, float]:
-        store = self._channel.store
-        call = Call(store.name, "snapshot", store.log)
-        snapshot = await answer(store.actor.snapshot.remote(version), call, self._deadline_s)
+        snapshot = await self._channel.store.ask("snapshot", version, deadline_s=self._deadline_s)
         return await Delivery(self._channel, snapshot, self._deadline_s).to(self._hosts)
 
 
@@ -172,8 +169,7 @@ class Pool:
             host = min(free, key=lambda host: sum(self._outstanding[host.name]))
             self._outstanding[host.name].append(len(rollouts))
             try:
-                reference = getattr(host.actor, verb).remote(rollouts)
-                return await answer(reference, Call(host.name, verb, host.log), self._deadline_s)
+                return await host.ask(verb, rollouts, deadline_s=self._deadline_s)
             finally:
                 self._outstanding[host.name].remove(len(rollouts))
 
@@ -204,8 +200,7 @@ class LearnerGroup:
 
     async def _each(self, verb: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
         waiting = [
-            answer(getattr(host.actor, verb).remote(*own), Call(host.name, verb, host.log), self._deadline_s)
-            for host, own in zip(self._hosts, args, strict=True)
+            host.ask(verb, *own, deadline_s=self._deadline_s) for host, own in zip(self._hosts, args, strict=True)
         ]
         return await asyncio.gather(*waiting)
 
@@ -239,8 +234,7 @@ class LearnerGroup:
 
     async def _publish(self, verb: str, version: int, *args: Any) -> None:
         snapshots: list[Snapshot | None] = await self._all(verb, version, self._channel.directory, *args)
-        store = self._channel.store
-        await answer(store.actor.add.remote(snapshots[0]), Call(store.name, "add", store.log), self._deadline_s)
+        await self._channel.store.ask("add", snapshots[0], deadline_s=self._deadline_s)
 
     async def save(self, directory: Path) -> None:
         """Raises WorkerError where a rank wrote what cannot be seen from here: such a checkpoint would not open."""

@@ -11,10 +11,9 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf_cluster.cluster.hosts import Host
-from rlhf_cluster.cluster.waits import Call, WorkerError, answer
+from rlhf_cluster.cluster.waits import WorkerError
 from rlhf_cluster.config import WeightsConfig
 from rlhf_cluster.weights.snapshot import Snapshot
 
@@ -80,7 +79,7 @@ class Delivery:
             arrived = await self._load(host, again=times > 1)
             taken += arrived.bytes
             if not (wrong := self._refuted_by_others(host, arrived)):
-                paused_s += await self._ask(host, "resume")
+                paused_s += await host.ask("resume", deadline_s=self._deadline_s)
                 off, wrong = await self._probed(host)
             if not wrong:
                 return Delivered(taken, paused_s, off, times)
@@ -89,7 +88,8 @@ class Delivery:
     async def _load(self, host: Host, again: bool) -> Arrived:
         channel = self._channel
         place = (channel.node, channel.run, channel.attempt)
-        return await self._ask(host, "receive_from", channel.store.actor, self._snapshot, place, again)
+        args = (channel.store.actor, self._snapshot, place, again)
+        return await host.ask("receive_from", *args, deadline_s=self._deadline_s)
 
     def _refuted_by_others(self, host: Host, arrived: Arrived) -> str:
         """Why this worker does not compute with what the first one computes with; nothing where it does."""
@@ -111,13 +111,9 @@ class Delivery:
         probe, most = self._snapshot.probe, self._channel.cfg.probe_tolerance
         if probe is None:
             return None, ""
-        off = await self._ask(host, "probe", probe)
+        off = await host.ask("probe", probe, deadline_s=self._deadline_s)
         why = (
             f"{host.name}'s logprobs are not the learner's with weights of version {self._snapshot.version}: {off:.3g} "
             f"nats a token from them on a response of {len(probe.response_ids)}, where weights.probe_tolerance={most:g}"
         )
         return off, "" if off <= most else why
-
-    async def _ask(self, host: Host, verb: str, *args: Any) -> Any:
-        reference = getattr(host.actor, verb).remote(*args)
-        return await answer(reference, Call(host.name, verb, host.log), self._deadline_s)

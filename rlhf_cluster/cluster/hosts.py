@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_cluster.cluster.waits import Call, answer, answers
 from rlhf_cluster.config import Resources
+from rlhf_cluster.telemetry.activity import Activity
 from rlhf_cluster.telemetry.quiet import log_to_file, quiet_libraries
+from rlhf_cluster.telemetry.timer import Timeline
 
 TRACE = 0.001  # of a node's custom resource: it says where a worker lives, not how many may
 
@@ -24,6 +28,22 @@ class Host:
     name: str
     actor: Any
     log: Path
+    activity: Activity = field(default_factory=lambda: Activity(Timeline()))
+
+    def call(self, verb: str) -> Call:
+        return Call(self.name, verb, self.log)
+
+    async def ask(self, verb: str, *args: Any, deadline_s: float) -> Any:
+        """The answer of one of its verbs."""
+        with self.activity.at(self.name, verb):
+            return await answer(getattr(self.actor, verb).remote(*args), self.call(verb), deadline_s)
+
+    async def stream(self, verb: str, *args: Any, deadline_s: float) -> AsyncIterator[Any]:
+        """The items that a verb yields, each within the deadline."""
+        with self.activity.at(self.name, verb):
+            items = getattr(self.actor, verb).options(num_returns="streaming").remote(*args)
+            async for item in answers(items, self.call(verb), deadline_s):
+                yield item
 
 
 def reserved(resources: Resources) -> dict[str, float]:
@@ -103,6 +123,7 @@ def spawn(
     group: Any = None,
     bundle: int = 0,
     role: str = "",
+    activity: Activity | None = None,
 ) -> Host:
     """Starts one actor, on a node for `role` where there are such; returns at once. It shares the driver's fate and is
     never restarted behind our back."""
@@ -119,4 +140,6 @@ def spawn(
     if group is not None:
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     actor = ray.remote(hosted(worker)).options(**options).remote(str(log), *args)
-    return Host(name, actor, log)
+    activity = activity or Activity(Timeline())
+    activity.know(name)
+    return Host(name, actor, log, activity)

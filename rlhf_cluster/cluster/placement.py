@@ -27,6 +27,8 @@ from rlhf_cluster.records import Pretraining
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import NoReference, Rooms
 from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs, from_here
+from rlhf_cluster.telemetry.activity import Activity
+from rlhf_cluster.telemetry.timer import Timeline
 from rlhf_cluster.weights.snapshot import store_directory
 from rlhf_cluster.weights.store import WeightStore, sweep
 
@@ -41,6 +43,7 @@ class Attempt:
     run: str
     number: int
     logs: Path
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,11 @@ class OpenRooms:
     rooms: Rooms
     learner: LearnerGroup
     hosts: list[Host]
+    activity: Activity
 
     async def peak_memory(self) -> Mapping[str, int]:
         """Bytes by worker, the processes that it started included."""
-        asked = [
-            answer(host.actor.peak_memory.remote(), Call(host.name, "peak_memory", host.log), 60) for host in self.hosts
-        ]
+        asked = [host.ask("peak_memory", deadline_s=60) for host in self.hosts]
         return dict(zip((host.name for host in self.hosts), await asyncio.gather(*asked), strict=True))
 
 
@@ -76,6 +78,7 @@ class Starter:
     def __init__(self, cfg: RunConfig, attempt: Attempt) -> None:
         self.cfg, self.attempt = cfg, attempt
         self.hosts: list[Host] = []
+        self.activity = Activity(attempt.timeline)
         self._groups: list[Any] = []
 
     def start(self, worker: type, role: str, resources: Resources, args: tuple[Any, ...]) -> list[Host]:
@@ -90,7 +93,7 @@ class Starter:
             model = (str(policy), cfg.generation, cfg.weights, cfg.model.context, cfg.model.dtype)
             args = (*model, incarnation, adapter_rank)
             hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
-        return hosts, [self._answer(host, "start", host.actor.start.remote(version)) for host in hosts]
+        return hosts, [self._ask(host, "start", version) for host in hosts]
 
     async def generation_alone(self, policy: Path) -> GenerationPool:
         """Generation workers that no learner publishes to."""
@@ -122,12 +125,12 @@ class Starter:
             self._spawn(LearnerWorker, "learner", index, resources, args, group, index)
             for index in range(resources.workers)
         ]
-        endpoint = await self._answer(hosts[0], "endpoint", hosts[0].actor.endpoint.remote())
+        endpoint = await self._ask(hosts[0], "endpoint")
         text = ray.put(inputs.pretraining)  # once for all ranks
         starting = (len(hosts), endpoint, cfg.cluster.call_timeout_s, inputs.policy, inputs.reward_model, text)
         channel, *_ = await asyncio.gather(
             self.open_channel(group),
-            *(self._answer(host, "start", host.actor.start.remote(rank, *starting)) for rank, host in enumerate(hosts)),
+            *(self._ask(host, "start", rank, *starting) for rank, host in enumerate(hosts)),
         )
         return hosts, channel
 
@@ -136,7 +139,7 @@ class Starter:
         attempt = self.attempt
         directory = str(store_directory(attempt.run, attempt.number))
         store = self._spawn(WeightStore, "store", 0, STORE, (attempt.run, attempt.number, self.cfg.weights.keep), group)
-        node = await self._answer(store, "ready", store.actor.ready.remote())
+        node = await self._ask(store, "ready")
         return WeightChannel(store, node, directory, attempt.run, attempt.number, self.cfg.weights)
 
     def _spawn(
@@ -149,25 +152,22 @@ class Starter:
         group: Any = None,
         bundle: int = 0,
     ) -> Host:
-        host = spawn(
-            worker, f"{role} {index}", self.attempt.logs / f"{role}-{index}.log", resources, args, group, bundle, role
-        )
+        log = self.attempt.logs / f"{role}-{index}.log"
+        host = spawn(worker, f"{role} {index}", log, resources, args, group, bundle, role, self.activity)
         self.hosts.append(host)
         return host
 
-    async def _answer(self, host: Host, verb: str, reference: Any) -> Any:
-        return await answer(reference, Call(host.name, verb, host.log), self.cfg.cluster.start_timeout_s)
+    async def _ask(self, host: Host, verb: str, *args: Any) -> Any:
+        return await host.ask(verb, *args, deadline_s=self.cfg.cluster.start_timeout_s)
 
     async def ready(self, hosts: list[Host]) -> None:
-        await asyncio.gather(*(self._answer(host, "ready", host.actor.ready.remote()) for host in hosts))
+        await asyncio.gather(*(self._ask(host, "ready") for host in hosts))
 
     async def end(self) -> None:
         """Ends every worker. Those that hold more than their process are asked first: vLLM's own processes and
         semaphores, and shared memory on whatever node it is."""
         asked = [
-            answer(host.actor.stop.remote(), Call(host.name, "stop", host.log), STOP_S)
-            for host in self.hosts
-            if host.name.startswith(("generation", "store"))
+            host.ask("stop", deadline_s=STOP_S) for host in self.hosts if host.name.startswith(("generation", "store"))
         ]
         for result in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(result, BaseException):
@@ -229,6 +229,6 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
         if adapter_rank:  # running requests follow an adapter that they name, so they name one from the first
             await group.publish(0)
             await rooms.generation.receive(0)
-        yield OpenRooms(rooms, group, starter.hosts)
+        yield OpenRooms(rooms, group, starter.hosts, starter.activity)
     finally:
         await starter.end()

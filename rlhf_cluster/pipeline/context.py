@@ -31,7 +31,8 @@ class Run:
 
     @property
     def attempt(self) -> Attempt:
-        return Attempt(self.directory.unique_name(self.cfg.name), self.directory.attempt, self.directory.attempt_logs)
+        name = self.directory.unique_name(self.cfg.name)
+        return Attempt(name, self.directory.attempt, self.directory.attempt_logs, self.timeline)
 
     def output(self, stage: str) -> Path | None:
         return self.directory.stage_output(stage)

@@ -62,7 +62,9 @@ async def _run_ppo(run: Run) -> None:
             run.progress.note,
             _gold_score(run),
             partial(_on_the_way, run, opened, timer),
+            opened.activity.idle,
         )
+        opened.activity.idle()  # what was before counts for no iteration
         with run.progress.stage(ppo.STAGE, cfg.ppo.steps):
             await ppo.train(opened.rooms, PromptOrder(run.inputs.prompts, cfg.seed), cfg.ppo, log, start)
         await _serve_average(run, opened, cfg.ppo.steps)

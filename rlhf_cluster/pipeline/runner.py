@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlhf_cluster.pipeline.preferences import run_dpo, run_rm
 from rlhf_cluster.pipeline.supervised import run_sft
 from rlhf_cluster.storage.durable import StorageError
 from rlhf_cluster.storage.run_directory import RunDirectory
+from rlhf_cluster.telemetry.activity import bubbles
 from rlhf_cluster.telemetry.comparison import ReportError
 from rlhf_cluster.telemetry.metrics import JsonlSink, MetricError, MetricsLog, Sink
 from rlhf_cluster.telemetry.progress import ConsoleSink, Progress
@@ -62,15 +64,22 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                         else:
                             STAGES[stage](whole)
             except* (ppo.GuardrailError, ppo.EmptyBatchError) as stop:
+                _write_timeline(whole)
                 _report_a_stop(path, progress, str(first_cause(stop)))
                 raise
             finally:
                 directory.sweep()
-            if whole.timeline.spans:  # none where PPO was finished before, or is no stage of this run
-                whole.timeline.write_chrome(directory.timeline)
+            _write_timeline(whole)
             progress.note(f"report: {write_report(path)}")
             progress.note(f"talk to it: rlhf-cluster chat {path}")
     return path
+
+
+def _write_timeline(run: Run) -> None:
+    """Where there is one: not where PPO was finished before, or is no stage of this run."""
+    if run.timeline.spans:
+        waited = [dataclasses.asdict(one) for one in bubbles(run.timeline.spans)]
+        run.timeline.write_chrome(run.directory.timeline, bubbles=waited)
 
 
 def _report_a_stop(path: Path, progress: Progress, why: str) -> None:

@@ -1,13 +1,14 @@
 """`report.html`: one self-contained page that says what a run did, for someone who was not there.
 
 Takes a run's directory (`metrics.jsonl`; where present `comparison.json`, `samples.jsonl`, `rm_calibration.json`,
-`config/resolved.yaml`, `rollouts/`), gives the page. No network, no scripts: a content security policy in the page
-forbids both. All text goes through Jinja's escaping, since responses are untrusted. What a run did not log is said to
-be missing.
+`timeline.json`, `config/resolved.yaml`, `rollouts/`), gives the page. No network, no scripts: a content security policy
+in the page forbids both. All text goes through Jinja's escaping, since responses are untrusted. What a run did not log
+is said to be missing.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from yaml import safe_load
 
 from rlhf_cluster.storage.durable import replace_text
 from rlhf_cluster.telemetry import calibration, incidents
+from rlhf_cluster.telemetry.activity import Bubbles
 from rlhf_cluster.telemetry.chart import COLOURS, Series, line_chart, stacked_chart
 from rlhf_cluster.telemetry.comparison import Comparison, Sample, printable, read_samples
 from rlhf_cluster.telemetry.metrics import FILE as METRICS_FILE
@@ -28,6 +30,7 @@ from rlhf_cluster.telemetry.progress import clock_text
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.json"
 SAMPLES_FILE = "samples.jsonl"
+TIMELINE_FILE = "timeline.json"
 MAX_SAMPLES = 12  # the page is read by a person; the file has them all
 TIMING = "timing_s/"
 
@@ -58,6 +61,7 @@ PLOTS = (
     Plot("Gradient norm before clipping", "norm", ("actor/grad_norm", "critic/grad_norm")),
     Plot("How far the sampler is from the learner", "k3, nats per token", ("rollout/mismatch_kl",)),
     Plot("Staleness of the tokens", "versions", ("rollout/staleness", "rollout/staleness_max")),
+    Plot("Idle share of the workers", "share of the time", ("idle/*",)),
     Plot("Effective sample size", "share of tokens", ("rollout/ess",)),
     Plot("Loss of supervised fine-tuning", "nats per token", ("sft/loss",)),
     Plot("Loss of the reward model", "nats per pair", ("rm/loss",)),
@@ -119,6 +123,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "stages": summaries(records),
         "reward_model": _last(records, "rm/"),
         "calibration": _calibration(run_dir),
+        "bubbles": _bubbles(run_dir / TIMELINE_FILE),
         "incidents": incidents.incidents(records, run_dir / "rollouts", rails),
         "config": config,
         "colours": COLOURS,
@@ -184,6 +189,12 @@ def _calibration(run_dir: Path) -> Figure | None:
     svg = line_chart([line], "predicted probability of the favourite", "how often it is right", unit_square=True)
     pairs = sum(one.pairs for one in bins)
     return _figure(f"Calibration of the reward model on {pairs} held-out pairs", svg, [line])
+
+
+def _bubbles(path: Path) -> list[Bubbles]:
+    """None where no timeline was written, or by an earlier version."""
+    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return [Bubbles(**one) for one in told.get("otherData", {}).get("bubbles", [])]
 
 
 def _last(records: Sequence[MetricsRecord], prefix: str) -> dict[str, float]:

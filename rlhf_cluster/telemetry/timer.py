@@ -29,6 +29,7 @@ class Span:
     part: str
     start: float
     end: float
+    name: str = ""  # what is shown; empty: the part
 
 
 class Timeline:
@@ -48,9 +49,9 @@ class Timeline:
         self.dropped += len(self.spans) == self.spans.maxlen
         self.spans.append(span)
 
-    def write_chrome(self, path: Path) -> None:
+    def write_chrome(self, path: Path, **further: Any) -> None:
         """Writes the Chrome trace format (chrome://tracing, ui.perfetto.dev), whole or not at all."""
-        trace = {"traceEvents": list(_events(self.spans)), "otherData": {"dropped_spans": self.dropped}}
+        trace = {"traceEvents": list(_events(self.spans)), "otherData": {"dropped_spans": self.dropped, **further}}
         replace_text(path, json.dumps(trace), "the timeline")
 
 
@@ -65,7 +66,7 @@ class Timer:
         self._since: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
+    def __call__(self, part: str, name: str = "") -> Iterator[None]:
         start = self._timeline.now()
         if not self._running.get(part):
             self._since[part] = start
@@ -78,15 +79,18 @@ class Timer:
             if not self._running[part]:
                 self._settle(part, end)
                 del self._running[part]
-            self._timeline.add(Span(self._stage, part, start, end))
+            self._timeline.add(Span(self._stage, part, start, end, name))
 
     def take(self) -> dict[str, float]:
-        """`timing_s/<part>` since the last call. A part that still runs is counted up to now and goes on from here."""
+        """`timing_s/<part>` since the last call."""
+        return {f"timing_s/{part}": seconds for part, seconds in self.take_seconds().items()}
+
+    def take_seconds(self) -> dict[str, float]:
+        """By part, since the last call. A part that still runs is counted up to now and goes on from here."""
         now = self._timeline.now()
         for part in self._running:
             self._settle(part, now)
-        taken = {f"timing_s/{part}": seconds for part, seconds in self._seconds.items()}
-        self._seconds.clear()
+        taken, self._seconds = self._seconds, {}
         return taken
 
     def _settle(self, part: str, now: float) -> None:
@@ -108,7 +112,7 @@ def _events(spans: Iterable[Span]) -> Iterator[dict[str, Any]]:
         lanes[lane] = (lanes[lane][0], span.end)
         yield {
             "ph": "X",
-            "name": span.part,
+            "name": span.name or span.part,
             "cat": span.stage,
             "pid": 1,
             "tid": lanes[lane][0],

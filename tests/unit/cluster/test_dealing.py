@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 
 from rlhf_cluster.cluster.clients import GenerationPool
+from rlhf_cluster.cluster.delivery import WeightChannel
+from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.cluster.waits import WorkerDied, WorkerError
+from rlhf_cluster.config import WeightsConfig
 from rlhf_cluster.records import Members, Rollouts
 
+NO_CHANNEL = WeightChannel(Host("store", None, Path()), "", "", "", 1, WeightsConfig())
 AT_ONCE, DEADLINE_S = 8, 20  # with a queue of a fourth: 10 responses for a worker, and more when it owes 8
 
 
@@ -25,14 +29,14 @@ class Sampler:
     """A generation worker that ends the responses that it is told to."""
 
     name: str
-    log: Path = Path("its.log")
     calls: list[Members] = field(default_factory=list)
     ended: list[asyncio.Queue[list[int] | Exception | None]] = field(default_factory=list)
 
     @property
-    def actor(self) -> Any:
+    def host(self) -> Host:
         called = SimpleNamespace(remote=self._sample)
-        return SimpleNamespace(sample=SimpleNamespace(options=lambda num_returns: called))
+        actor = SimpleNamespace(sample=SimpleNamespace(options=lambda num_returns: called))
+        return Host(self.name, actor, Path("its.log"))
 
     def _sample(self, members: Members) -> AsyncIterator[Awaitable[Rollouts]]:
         self.calls.append(members)
@@ -101,7 +105,7 @@ def scenario(steps: Coroutine[Any, Any, None]) -> None:
 
 
 def pool_of(*workers: Sampler) -> GenerationPool:
-    return GenerationPool(workers, None, DEADLINE_S, AT_ONCE)  # type: ignore[arg-type]
+    return GenerationPool([worker.host for worker in workers], NO_CHANNEL, DEADLINE_S, AT_ONCE)
 
 
 def test_what_all_can_take_at_once_is_dealt_out_evenly_in_one_call_each() -> None:
@@ -207,7 +211,7 @@ def test_a_lease_that_ends_early_is_an_error() -> None:
 def test_what_comes_in_one_moment_leaves_as_one_table() -> None:
     async def steps() -> None:
         workers = [Sampler(f"generation {i}") for i in range(4)]
-        pool = GenerationPool(workers, None, DEADLINE_S, 64, 5)  # type: ignore[arg-type]
+        pool = GenerationPool([worker.host for worker in workers], NO_CHANNEL, DEADLINE_S, 64, 5)
         sizes: list[int] = []
 
         async def count() -> None:

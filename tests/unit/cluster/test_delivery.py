@@ -29,13 +29,13 @@ class Worker:
     name: str
     loads: list[dict[str, str]] = field(default_factory=lambda: [GOOD])
     probes: list[float] = field(default_factory=lambda: [0.01])
-    log: Path = Path("its.log")
     called: list[str] = field(default_factory=list)
 
     @property
-    def actor(self) -> Any:
+    def host(self) -> Host:
         verbs = {"receive_from": self._receive, "resume": self._resume, "probe": self._probe}
-        return SimpleNamespace(**{verb: SimpleNamespace(remote=called) for verb, called in verbs.items()})
+        actor = SimpleNamespace(**{verb: SimpleNamespace(remote=called) for verb, called in verbs.items()})
+        return Host(self.name, actor, Path("its.log"))
 
     async def _receive(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> Arrived:
         assert place == ("node", "run", 1)
@@ -55,7 +55,7 @@ class Worker:
 def deliver(*workers: Worker, probe: Probe | None = None) -> dict[str, float]:
     channel = WeightChannel(Host("store", SimpleNamespace(), Path()), "node", "/", "run", 1, WeightsConfig())
     delivery = Delivery(channel, Snapshot(7, "/", (), probe), deadline_s=10)
-    return asyncio.run(delivery.to(workers))  # type: ignore[arg-type]
+    return asyncio.run(delivery.to([worker.host for worker in workers]))
 
 
 def test_workers_that_hold_alike_sample_on() -> None:
