@@ -105,6 +105,10 @@ def parser() -> argparse.ArgumentParser:
         job.add_argument("job_id")
         job.set_defaults(verb=name)
         _address(job)
+    tuning = command("tune", tune, "say what a run's workers waited for, and propose a better split of them")
+    tuning.add_argument("run_dir", type=Path, help=f"{RUN_DIR}, with a few iterations of PPO")
+    tuning.add_argument("--cpus", type=float, default=0.0, help="cores that there are; default: those of the run")
+    tuning.add_argument("--gpus", type=float, default=0.0, help="GPUs that there are; default: those of the run")
     command("doctor", doctor, "check this machine and say how to mend what is wrong")
     return top
 
@@ -137,6 +141,12 @@ def run(args: argparse.Namespace) -> None:
     from rlhf_cluster import pipeline
 
     pipeline.run(cfg, args.overrides)
+
+
+def tune(args: argparse.Namespace) -> None:
+    from rlhf_cluster.planning import tune as planning
+
+    planning.show(planning.tune(args.run_dir, args.cpus, args.gpus))
 
 
 def submit(args: argparse.Namespace) -> int:
