@@ -51,6 +51,7 @@ test-long: setup ## the tests that take minutes
 bench: setup ## what it costs, each question beside something else: an iteration, the learner, the driver, many workers (simulated)
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/throughput.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learner.py
+	@$(BIN)/python benchmarks/generation.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/driver.py
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale.py
 

@@ -115,6 +115,7 @@ class GenerationWorker:
 
     async def _request(self, row: int, prompt: Any, seed: int, sample_id: str, ended: asyncio.Queue[Any]) -> None:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(
             temperature=self._cfg.temperature,
@@ -123,6 +124,7 @@ class GenerationWorker:
             seed=seed,
             logprobs=0,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # else every token of every response passes through this process
         )
         for life in itertools.count():
             output = await self._finished(prompt, sampling, f"{sample_id}#{life}")

@@ -1,0 +1,139 @@
+"""How many tokens a second does a generation worker sample, beside plain vLLM?
+
+    python benchmarks/generation.py [--prompts 16] [--samples 4] [--prompt-tokens 40] [--tokens 64] [--threads 1]
+        [--rounds 5] [--model smollm2_135m] [KEY=VALUE ...]
+
+Both sample exactly `--tokens` tokens to each prompt, seeded and with their logprobs, from engines with the same flags:
+`vllm.LLM.generate` with all requests at once, and the worker's `sample`, which streams them out as records. Prints one
+table and writes `benchmarks/results/generation-<utc>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from rounds import interleaved, ratio, show, write
+
+from rlhf_cluster.cluster.hosts import environment
+from rlhf_cluster.config import Resources, RunConfig, load
+from rlhf_cluster.generation.worker import GenerationWorker
+from rlhf_cluster.models.build import prepare_model
+from rlhf_cluster.records import Members
+from rlhf_cluster.telemetry.quiet import quiet_libraries
+
+GOAL = 0.97
+IDS = 1000
+FLAGS = (
+    *("model", "dtype", "max_model_len", "max_num_seqs", "enforce_eager", "enable_chunked_prefill"),
+    *("kv_cache_memory_bytes", "gpu_memory_utilization", "logprobs_mode", "generation_config"),
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tokens per second of a generation worker and of plain vLLM.")
+    defaults = {"prompts": 16, "samples": 4, "prompt-tokens": 40, "tokens": 64, "threads": 1, "rounds": 5}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--model", default="smollm2_135m", help="a choice of conf/model")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
+    return parser.parse_args()
+
+
+def born_with(variables: Mapping[str, str]) -> None:
+    """This process with these variables from its start, as a worker has them: OpenMP reads them once."""
+    if any(os.environ.get(name) != value for name, value in variables.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **variables})
+
+
+def make_members(args: argparse.Namespace) -> Members:
+    rng = np.random.default_rng(0)
+    count = args.prompts * args.samples
+    prompts = rng.integers(0, IDS, (args.prompts, args.prompt_tokens)).astype(np.int32)
+    return Members.of(
+        {
+            "prompt_id": [f"p{i // args.samples}" for i in range(count)],
+            "prompt_ids": [prompts[i // args.samples] for i in range(count)],
+            "step": [0] * count,
+            "sample_index": [i % args.samples for i in range(count)],
+            "sample_id": [f"0/p{i // args.samples}/{i % args.samples}" for i in range(count)],
+            "seed": list(range(count)),
+        }
+    )
+
+
+def make_worker(cfg: RunConfig, policy: Path) -> GenerationWorker:
+    return GenerationWorker(str(policy), cfg.generation, cfg.weights, cfg.model.context, cfg.model.dtype, "bench")
+
+
+def worker(cfg: RunConfig, policy: Path, members: Members, loop: asyncio.Runner) -> Callable[[], None]:
+    ours = make_worker(cfg, policy)
+    loop.run(ours.start(0))
+
+    async def collect() -> int:
+        return sum([len(part) async for part in ours.sample(members)])
+
+    def sample() -> None:
+        assert loop.run(collect()) == len(members)
+
+    return sample
+
+
+def plain(cfg: RunConfig, policy: Path, members: Members) -> Callable[[], None]:
+    """The worker's own flags, but for those that concern weights that change."""
+    from vllm import LLM, SamplingParams
+
+    flags = dataclasses.asdict(make_worker(cfg, policy)._engine_args())
+    engine = LLM(**{name: flags[name] for name in FLAGS}, disable_log_stats=True)
+    prompts = [{"prompt_token_ids": ids.tolist()} for ids in members.prompt_ids]
+    sampling = [
+        SamplingParams(
+            temperature=1.0,
+            max_tokens=cfg.generation.max_response_tokens,
+            ignore_eos=True,
+            seed=int(seed),
+            logprobs=0,
+            detokenize=False,
+        )
+        for seed in members.seed
+    ]
+
+    def sample() -> None:
+        assert len(engine.generate(prompts, sampling, use_tqdm=False)) == len(members)  # type: ignore[arg-type]
+
+    return sample
+
+
+def main() -> None:
+    args = arguments()
+    quiet_libraries()
+    born_with(environment(Resources(threads=args.threads)))
+    ours = [f"model={args.model}", "data=sentiment", f"generation.max_response_tokens={args.tokens}"]
+    ours += ["name=generation", "reward=random", "generation.ignore_eos=true", "generation.kv_cache_memory=536870912"]
+    cfg = load([*ours, *args.overrides], "ppo")
+    policy, members = prepare_model(cfg.model), make_members(args)
+    with asyncio.Runner() as loop:
+        contenders = {"plain vLLM": plain(cfg, policy, members), "worker": worker(cfg, policy, members, loop)}
+        found = interleaved(contenders, args.rounds)
+    tokens = len(members) * args.tokens
+    rate = ratio(found["plain vLLM"], found["worker"])
+    lines = [
+        [name, f"{one.median:.2f}", f"{min(one.seconds):.2f}", f"{max(one.seconds):.2f}", f"{tokens / one.median:.0f}"]
+        for name, one in found.items()
+    ]
+    last = ["worker over plain", f"{rate['median']:.3f}", f"{rate['min']:.3f}", f"{rate['max']:.3f}", f">= {GOAL}"]
+    title = f"{len(members)} responses of {args.tokens} tokens, {args.threads} threads"
+    show(title, ["", "seconds, median", "min", "max", "tokens/s"], [*lines, last], [])
+    seconds = {name: vars(one) for name, one in found.items()}
+    write("generation", {"arguments": vars(args), "tokens": tokens, "contenders": seconds, "ratio": rate, "goal": GOAL})
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # an engine's threads would keep the process
