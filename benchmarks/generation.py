@@ -14,12 +14,11 @@ import argparse
 import asyncio
 import dataclasses
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rounds import interleaved, ratio, show, write
+from rounds import born_with, interleaved, ratio, show, write
 
 from rlhf_cluster.cluster.hosts import environment
 from rlhf_cluster.config import Resources, RunConfig, load
@@ -44,12 +43,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2_135m", help="a choice of conf/model")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
     return parser.parse_args()
-
-
-def born_with(variables: Mapping[str, str]) -> None:
-    """This process with these variables from its start, as a worker has them: OpenMP reads them once."""
-    if any(os.environ.get(name) != value for name, value in variables.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **variables})
 
 
 def make_members(args: argparse.Namespace) -> Members:

@@ -24,7 +24,7 @@ from rlhf_cluster.algo.logprobs import logprobs_from_logits
 from rlhf_cluster.algo.losses import RankingLoss, ipo_loss, kto_loss, policy_loss, ranking_loss, sft_loss
 from rlhf_cluster.algo.masked import at_tokens
 from rlhf_cluster.algo.rewards import overlong_penalty
-from rlhf_cluster.learner.update import Size, token_shares
+from rlhf_cluster.learner.gradient import Size, token_shares
 
 LENGTHS, LONGEST = np.array([3, 7, 1, 5]), 9
 MASK = (torch.arange(7) < torch.from_numpy(LENGTHS)[:, None]).float()
@@ -160,7 +160,8 @@ def test_the_policy_loss_and_its_gradient(settings: dict[str, object], loss_mean
     lengths = torch.from_numpy(LENGTHS) if settings.get("level") == "sequence" else None
     high, dual = float(settings.get("high", 0.0)), float(settings.get("delta", 0.0))  # type: ignore[arg-type]
     loss = policy_loss(new[flat], old[flat], spread, torch.ones(16), 0.2, high, dual, lengths)
-    weights = torch.from_numpy(token_shares(LENGTHS, loss_mean, Size(16.0, 4.0), LONGEST))
+    shares = token_shares(LENGTHS, loss_mean, LONGEST) / Size(16.0, 4.0).divisor(loss_mean)
+    weights = torch.from_numpy(shares.astype(np.float32))
     found = ((loss.losses + 0.3 * k3(new[flat], ref[flat])) * weights).sum()
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
