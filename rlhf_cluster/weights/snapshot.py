@@ -21,6 +21,7 @@ from rlhf_cluster.weights.delta import UNIT
 from rlhf_cluster.weights.probe import Probe
 
 SHARED_MEMORY = Path("/dev/shm")
+SPARE = "spare"  # a file of the store that the next version is written over
 BUCKET = 32 << 20  # bytes of tensors that share a digest, as near as whole ones allow
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 
@@ -96,13 +97,23 @@ def stream_snapshot(
     partial = path.with_suffix(".partial")
     beginning = _beginning(slots, header or {})
     size = len(beginning) + sum(slot.bytes for slot in slots)
-    with open(partial, "w+b") as file:
+    _take_over(directory / SPARE, partial)
+    with open(partial, "r+b") as file:
+        os.ftruncate(file.fileno(), size)
         os.posix_fallocate(file.fileno(), 0, size)  # a mapped page for which there is no room would end the process
-        with mmap.mmap(file.fileno(), size) as memory:
+        with mmap.mmap(file.fileno(), size, mmap.MAP_SHARED | mmap.MAP_POPULATE) as memory:
             memory[: len(beginning)] = beginning
             buckets = tuple(_fill(memory, len(beginning), slots, iter(tensors)))
     os.replace(partial, path)
     return Snapshot(version, str(path), buckets)
+
+
+def _take_over(spare: Path, path: Path) -> None:
+    """The pages of a version that nobody reads any more, where there are: new ones take longer to get than to fill."""
+    if spare.exists():
+        os.replace(spare, path)
+    else:
+        path.touch()
 
 
 def check(snapshot: Snapshot) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_cluster.weights.delta import Piece, difference
-from rlhf_cluster.weights.snapshot import SHARED_MEMORY, Snapshot, SnapshotError, layout, store_directory, units
+from rlhf_cluster.weights.snapshot import SHARED_MEMORY, SPARE, Snapshot, SnapshotError, layout, store_directory, units
 
 
 class WeightStore:
-    """Keeps the last `keep` snapshots of one node's shared memory, which it was told of by `add`.
+    """Keeps the last `keep` snapshots of one node's shared memory, which it was told of by `add`; the file of the one
+    before them is there for the next to be written over.
 
     It begins by sweeping what earlier attempts of the run left on this node.
     """
@@ -28,7 +30,9 @@ class WeightStore:
         self._snapshots.pop(snapshot.version, None)
         self._snapshots[snapshot.version] = snapshot
         for version in list(self._snapshots)[: -self._keep]:
-            Path(self._snapshots.pop(version).path).unlink(missing_ok=True)
+            gone = Path(self._snapshots.pop(version).path)
+            if gone.exists():
+                os.replace(gone, gone.parent / SPARE)
 
     def snapshot(self, version: int) -> Snapshot:
         if version not in self._snapshots:

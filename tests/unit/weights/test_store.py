@@ -29,7 +29,8 @@ def test_the_newest_are_kept(shared_memory: Path) -> None:
     for version in (1, 2, 3):
         store.add(published(version))
     assert store.snapshot(3).version == 3
-    assert sorted(path.name for path in store_directory("run", 2).iterdir()) == ["v2.safetensors", "v3.safetensors"]
+    kept = ["v2.safetensors", "v3.safetensors"]
+    assert sorted(path.name for path in store_directory("run", 2).iterdir()) == ["spare", *kept]
     with pytest.raises(SnapshotError, match=r"the store has versions \[2, 3\], not 1"):
         store.snapshot(1)
 
@@ -40,7 +41,22 @@ def test_a_version_that_comes_again_is_the_last(shared_memory: Path) -> None:
     for version in (1, 2, 1):
         store.add(published(version))
     assert store.snapshot(1).version == 1
-    assert [path.name for path in store_directory("run", 2).iterdir()] == ["v1.safetensors"]
+    assert sorted(path.name for path in store_directory("run", 2).iterdir()) == ["spare", "v1.safetensors"]
+
+
+@pytest.mark.parametrize("size", [10, 40, 90])
+def test_a_version_is_written_over_one_that_is_gone(size: int) -> None:
+    """Which may have been shorter or longer; what is kept is not touched."""
+    store = WeightStore("run", 2, keep=1)
+    for version in (1, 2):
+        store.add(published(version))
+    spare = store_directory("run", 2) / "spare"
+    pages = spare.stat().st_ino
+    last = write_snapshot(store_directory("run", 2), 3, {"w": torch.full((size,), 3.0)})
+    assert Path(last.path).stat().st_ino == pages and not spare.exists()
+    assert Path(last.path).stat().st_size == last.bytes
+    check(last)
+    check(store.snapshot(2))
 
 
 def test_a_bucket_is_what_changed_since_a_version_that_is_kept() -> None:
