@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from html.parser import HTMLParser
@@ -9,10 +10,12 @@ import pyarrow as pa
 import pytest
 
 from rlhf_cluster.storage.rollout_log import RolloutLog
+from rlhf_cluster.telemetry.activity import Bubbles
 from rlhf_cluster.telemetry.calibration import calibration, write_calibration
 from rlhf_cluster.telemetry.comparison import ReportError, Sample, compare, gold_of, write_samples
 from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog, MetricsRecord
 from rlhf_cluster.telemetry.report import summaries, write_report
+from rlhf_cluster.telemetry.timer import Timeline
 
 ATTACK = "<script>alert('x')</script><img src=http://example.org/a onerror=x> \x1b[31m </p>"
 
@@ -162,3 +165,16 @@ def test_a_stage_lasts_from_the_end_of_the_one_before() -> None:
         ("rm", 2, "2:00"),
         ("ppo", 1, "1:03:30"),
     ]
+
+
+def test_the_page_says_what_idle_workers_waited_for(full: Path) -> None:
+    """From the timeline, where there is one that knows; what rounds to nothing is left out."""
+    Timeline().write_chrome(full / "timeline.json")
+    assert "Where workers waited" not in write_report(full).read_text()
+    one = Bubbles("generation", 3, 0.625, {"update": 0.3, ATTACK: 0.074, "weights": 0.001})
+    Timeline().write_chrome(full / "timeline.json", bubbles=[dataclasses.asdict(one)])
+    page = write_report(full).read_text()
+    row = re.search(r"<tr><td>generation</td>.*?</tr>", page)
+    assert row is not None
+    assert "<td>3</td><td>62 %</td>" in row[0] and "update 30 %" in row[0] and "weights" not in row[0]
+    assert "<script" not in page and " 7 %" in row[0]
