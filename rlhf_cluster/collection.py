@@ -12,6 +12,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Set as AbstractSet
 from typing import Protocol, TypeVar
 
 from rlhf_cluster.config import PPOConfig
@@ -30,7 +31,9 @@ class Batches(Protocol):
 
     def members(self, step: int, batch_size: int, samples_per_prompt: int) -> Members: ...
 
-    def refill(self, step: int, attempt: int, count: int, samples_per_prompt: int) -> Members: ...
+    def refill(
+        self, step: int, attempt: int, count: int, samples_per_prompt: int, taken: AbstractSet[str]
+    ) -> Members: ...
 
 
 async def collect(
@@ -50,6 +53,7 @@ async def collect(
     admission = Admission(cfg.advantage.compares_groups, cfg.dynamic_sampling)
     members = prompts.members(step, cfg.batch_size, cfg.samples_per_prompt)
     await rooms.learner.begin(step, members.sample_id)
+    taken: set[str] = set()
     end, clock = math.inf, asyncio.get_running_loop().time
     for attempt in itertools.count():
         await evaluate_all(rooms, step, members, admission, timer)
@@ -62,7 +66,8 @@ async def collect(
         if late:
             warn(f"iteration {step + 1}: no sample has a score yet ({reasons(admission.batch())}); tries again")
             await asyncio.sleep(PAUSE_S)
-        members = prompts.refill(step, attempt, len(gone) // together, together)
+        taken |= set(members.prompt_id)
+        members = prompts.refill(step, attempt, len(gone) // together, together, taken)
         await rooms.learner.replace(step, gone, members.sample_id)
     restored = admission.restore_filtered(gone)
     kept = set(restored.sample_id)

@@ -8,6 +8,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ AHEAD = 4  # a worker has a queue of a fourth of what it samples at once, and is
 CALLS_AHEAD = 2  # of a worker of a pool: the one that it is at, and one that it finds when that is done
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Lease:
-    """A piece of work handed to a worker: its id, who holds it, and the samples it is for."""
+    """A piece of work handed to a worker: its id, who holds it, the samples it is for, and those that it still owes."""
 
     lease_id: int
     holder: str
     sample_ids: frozenset[str]
+    outstanding: set[str]
 
 
 @dataclass(eq=False)
@@ -96,6 +98,7 @@ class GenerationPool:
             heapq.heapify(self._waiting)
             for lease in asked.leases:
                 lease.cancel()
+            self._deal(range(len(self._hosts)))
 
     async def _ready(self, arrived: asyncio.Queue[Rollouts | Exception], patient: bool) -> Rollouts:
         """What has arrived. Raises what a lease failed with."""
@@ -127,27 +130,33 @@ class GenerationPool:
                 heapq.heappush(free, (count, index))
         for (index, asked), pieces in dealt.items():
             share = asked.members.take(np.concatenate([piece.rows for piece in pieces]))
-            asked.leases.append(asyncio.ensure_future(self._hold(index, share, asked)))
+            lease = Lease(
+                next(self._numbers), self._hosts[index].name, frozenset(share.sample_id), set(share.sample_id)
+            )
+            self.held[lease.lease_id] = lease
+            task = asyncio.ensure_future(self._hold(index, share, lease, asked))
+            task.add_done_callback(partial(self._end, index, lease))
+            asked.leases.append(task)
 
-    async def _hold(self, index: int, share: Members, asked: Asked) -> None:
+    async def _hold(self, index: int, share: Members, lease: Lease, asked: Asked) -> None:
         """Passes on what comes of a lease of a worker, and its failure."""
         host = self._hosts[index]
-        lease = Lease(next(self._numbers), host.name, frozenset(share.sample_id))
-        self.held[lease.lease_id] = lease
-        outstanding = set(lease.sample_ids)
         try:
             async for rollouts in host.stream("sample", share, deadline_s=self._deadline_s):
-                outstanding -= set(rollouts.sample_id)
+                lease.outstanding.difference_update(rollouts.sample_id)
                 self._outstanding[index] -= len(rollouts)
                 asked.arrived.put_nowait(rollouts)
                 self._deal([index])
-            if outstanding:
-                raise WorkerDied(f"{host.name} ended lease {lease.lease_id} without {len(outstanding)} of its samples")
+            if missing := len(lease.outstanding):
+                raise WorkerDied(f"{host.name} ended lease {lease.lease_id} without {missing} of its samples")
         except Exception as error:
             asked.arrived.put_nowait(error)
-        finally:
-            self._outstanding[index] -= len(outstanding)
-            del self.held[lease.lease_id]
+
+    def _end(self, index: int, lease: Lease, task: asyncio.Task[None]) -> None:
+        """However it ended, also before it began."""
+        self._outstanding[index] -= len(lease.outstanding)
+        del self.held[lease.lease_id]
+        self._deal([index])
 
     async def receive(self, version: int) -> dict[str, float]:
         snapshot = await self._channel.store.ask("snapshot", version, deadline_s=self._deadline_s)

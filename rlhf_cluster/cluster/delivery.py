@@ -1,8 +1,9 @@
 """A published version on its way to every generation worker of a pool, and the proof that it arrived.
 
 Before anything is loaded, what came has the digests that were published (`weights`). Once it is loaded, all engines
-must compute with the same; and now and then each says its logprobs of a response that the learner has said its own of.
-A worker that fails a proof samples nothing, loads once more, and ends the run where it fails again.
+must compute with the same, before they sample; and now and then each says its logprobs of a response that the learner
+has said its own of, for which it has to sample already. A worker that fails a proof loads once more, and ends the run
+where it fails again.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Delivered:
 
 
 class Delivery:
-    """Of one version. The worker that is first says what all others are to compute with."""
+    """Of one version. The worker that arrives first says what all others are to compute with."""
 
     def __init__(self, channel: WeightChannel, snapshot: Snapshot, deadline_s: float) -> None:
         self._channel, self._snapshot, self._deadline_s = channel, snapshot, deadline_s
@@ -93,9 +94,11 @@ class Delivery:
 
     def _refuted_by_others(self, host: Host, arrived: Arrived) -> str:
         """Why this worker does not compute with what the first one computes with; nothing where it does."""
-        if self._first is None:
+        if self._first is None or self._first[0] == host.name:
             self._first = host.name, arrived.digests
         name, expected = self._first
+        if not self._channel.cfg.compare:
+            return ""
         wrong = sorted(of for of, digest in expected.items() if arrived.digests.get(of) != digest)
         some = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         return (

@@ -141,6 +141,10 @@ class WeightsConfig:
     # they go on with the new ones; finish, they end with the old ones first; abort, they begin again
     kv: str = one_of("recompute", "keep", default="recompute")  # keys and values of what is sampled already: recompute
     # them with the new weights, or go on with those of the old ones (prompts that come again too)
+    compare: bool = (
+        True  # what the workers' engines compute with, after each load; not where they are of unlike hardware,
+    )
+    # on which the same weights have other digests
     probe_every: int = not_negative(10)  # publishes, until each worker says its logprobs of a response that the learner
     # has said its own of; 0: never
     probe_tolerance: float = positive(0.1)  # nats per token that they may differ by

@@ -6,8 +6,10 @@ the order of an epoch and every sampling seed are hashes of names.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,8 @@ import pyarrow as pa
 from rlhf_cluster.data.rows import DataError, Place
 from rlhf_cluster.data.seeded import EndlessOrder, stable_seed
 from rlhf_cluster.records import Members, Prompts
+
+NONE: AbstractSet[str] = frozenset()
 
 
 class PromptOrder:
@@ -40,11 +44,17 @@ class PromptOrder:
         rows = [self._order[position] for position in range(step * count, (step + 1) * count)]
         return _members(self._prompts, rows, step, samples_per_prompt, self._seed)
 
-    def refill(self, step: int, attempt: int, count: int, samples_per_prompt: int) -> Members:
+    def refill(
+        self, step: int, attempt: int, count: int, samples_per_prompt: int, taken: AbstractSet[str] = NONE
+    ) -> Members:
         """`count` prompts more for the batch of `step`, in the places of some that cannot be trained on; `attempt` is
-        the how manieth refill it is. From an order of their own, so what the other steps get does not change."""
-        order = EndlessOrder(self._prompts.prompt_id, self._seed, "refill", step, attempt)
-        rows = [order[position] for position in range(count)]
+        the how manieth refill it is. From an order of their own, so what the other steps get does not change. Prompts
+        that were `taken` come again only where there are no others."""
+        ids = self._prompts.prompt_id
+        order = EndlessOrder(ids, self._seed, "refill", step, attempt)
+        fresh = (row for row in map(order.__getitem__, range(len(ids))) if ids[row] not in taken)
+        rows = list(itertools.islice(fresh, count))
+        rows += [order[position] for position in range(count - len(rows))]
         return _members(self._prompts, rows, step, samples_per_prompt, self._seed, f"{step}+{attempt + 1}")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -57,6 +59,8 @@ class TrainEngine:
         self._max_grad_norm = optimizer.max_grad_norm
         self._grad_norm = math.nan
         self._limit, self._scale = FINITE, 1.0
+        self._offloads = engine.offload_optimizer
+        self._withheld: list[tuple[torch.Tensor, torch.Tensor]] = []
         adamw = torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad],
             lr=optimizer.lr,
@@ -88,8 +92,16 @@ class TrainEngine:
         else:
             self._grad_norm = float(self._engine.optimizer._global_grad_norm)
         if not self._grad_norm <= self._limit:
+            self._withheld = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
             for parameter in parameters:
                 parameter.grad = None
+
+    def _give_back(self) -> None:
+        """The buffers of a gradient that was withheld: where the optimizer is offloaded DeepSpeed makes them once, and
+        copies into them for ever."""
+        for parameter, gradient in self._withheld if self._offloads else ():
+            parameter.grad = gradient.zero_()
+        self._withheld = []
 
     def _reset_moments(self) -> None:
         """Optimizer state exists from the start, at step 0 for every stage (stage 3 would begin at step 1)."""
@@ -146,12 +158,25 @@ class TrainEngine:
         self._limit, self._scale = min(limit, FINITE), scale
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.stage > 0:
-            self._engine.optimizer.loss_scale = 1 / scale  # DeepSpeed divides by it, before it takes the norm
-        self._engine.step()
-        if self.stage > 0:
-            self._engine.optimizer.loss_scale = 1.0  # and multiplies losses with it
+        with self._scaled_by(scale):
+            self._engine.step()
+        self._give_back()
         return self._grad_norm if self.stage == 0 else float(self._engine.get_global_grad_norm())
+
+    @contextmanager
+    def _scaled_by(self, scale: float) -> Iterator[None]:
+        """Around a step: the gradient is this many times what `backward` left, before DeepSpeed takes its norm. At
+        stage 0 that is done in `_guard`."""
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, BF16_Optimizer):  # stage 1 in bfloat16: it knows no loss scale
+            torch._foreach_mul_(optimizer.fp32_groups_gradients_flat, scale)
+            yield
+        elif self.stage > 0:
+            optimizer.loss_scale = 1 / scale  # what DeepSpeed divides by, and multiplies losses with
+            yield
+            optimizer.loss_scale = 1.0
+        else:
+            yield
 
     def forget_gradient(self) -> None:
         """As if there had been no `backward`. A collective."""

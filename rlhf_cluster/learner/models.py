@@ -129,7 +129,8 @@ class ActorCritic:
         """This rank's micro-batches, filled up with dummies to the number of the busiest rank. `context`: responses to
         one prompt share it, in rows of so many tokens; 0: they do not. A collective."""
         shared = context > 0 and self._attends_to_all
-        rows = share(prompts, responses, context) if shared else singles(len(prompts))
+        width = min(context, self.tokens_per_micro_batch)
+        rows = share(prompts, responses, width) if shared else singles(len(prompts))
         own = micro_batches(prompts, responses, rows, self.tokens_per_micro_batch, shared)
         return [batch.to(self.device) for batch in filled_up(own, int(self.ranks.max(len(own))))]
 

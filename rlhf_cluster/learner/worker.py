@@ -157,7 +157,7 @@ class LearnerWorker:
         """What waits. A collective."""
         if not batch.waiting:
             return
-        began = time.perf_counter()
+        began, in_gradient = time.perf_counter(), batch.gradient.seconds["actor"]
         rows = batch.take()
         if self._stream is None:
             evaluation = self._models.evaluate(rows.prompt_ids, rows.response_ids, self._generation.temperature)
@@ -165,7 +165,7 @@ class LearnerWorker:
             evaluation = self._stream.evaluate(rows, batch.gradient)
         for row in evaluated_rows(rows, evaluation):
             batch.rows[row.sample_id] = row
-        batch.seconds += time.perf_counter() - began
+        batch.seconds += time.perf_counter() - began - (batch.gradient.seconds["actor"] - in_gradient)
 
     def update(self, step: int, controls: Controls) -> UpdateStats:
         """Trains on the batch; repeating an update that was applied returns its stored answer. A collective."""

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-MOST = 64  # workers of a role that are looked at
+FURTHER = 16  # times as many workers of a role as there are, at most, are looked at
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,14 @@ def seconds(work: Work, workers: Mapping[str, int], machines: Machines, asynchro
     return whole if asynchronous else whole + late
 
 
-def best(work: Work, roles: Mapping[str, int], machines: Machines, asynchronous: bool) -> Split:
-    """Of all splits over `roles` that there is room for; of equals that which changes least."""
-    splits = (Split(one, seconds(work, one, machines, asynchronous)) for one in _splits(roles, machines))
+def best(
+    work: Work, roles: Mapping[str, int], machines: Machines, asynchronous: bool, minibatch_size: int = 0
+) -> Split:
+    """Of all splits over `roles` that there is room for; of equals that which changes least. The learner's ranks divide
+    `minibatch_size`, where one is given."""
+    counts = {role: _counts(now, machines, role) for role, now in roles.items()}
+    counts["learner"] = [n for n in counts["learner"] if not minibatch_size % n]
+    splits = (Split(one, seconds(work, one, machines, asynchronous)) for one in _splits(roles, counts, machines))
 
     def changes(split: Split) -> int:
         return sum(abs(count - roles[role]) for role, count in split.workers.items())
@@ -76,11 +81,19 @@ def best(work: Work, roles: Mapping[str, int], machines: Machines, asynchronous:
     return min(splits, key=lambda split: (round(split.seconds, 6), changes(split)))
 
 
-def _splits(roles: Mapping[str, int], machines: Machines) -> Iterator[dict[str, int]]:
+def _counts(now: int, machines: Machines, role: str) -> list[int]:
+    """Numbers of workers of one role that are looked at: all small ones, then about a fourth more each time."""
+    most = max(1, min(now * FURTHER, int(machines.amount / machines.costs[role])))
+    counts = [1]
+    while counts[-1] < most:
+        counts.append(min(most, max(counts[-1] + 1, counts[-1] * 5 // 4)))
+    return counts
+
+
+def _splits(roles: Mapping[str, int], counts: Mapping[str, list[int]], machines: Machines) -> Iterator[dict[str, int]]:
     """What runs now is among them, whatever it takes."""
     yield dict(roles)
-    most = {role: max(1, min(MOST, int(machines.amount / machines.costs[role]))) for role in roles}
-    for counts in itertools.product(*(range(1, most[role] + 1) for role in roles)):
-        taken = [count * machines.costs[role] for role, count in zip(roles, counts, strict=True)]
+    for chosen in itertools.product(*(counts[role] for role in roles)):
+        taken = [count * machines.costs[role] for role, count in zip(roles, chosen, strict=True)]
         if (sum(taken) if machines.own else max(taken)) <= machines.amount:
-            yield dict(zip(roles, counts, strict=True))
+            yield dict(zip(roles, chosen, strict=True))

@@ -101,15 +101,17 @@ def _work(roles: Sequence[Role], middle: Mapping[str, float]) -> Work:
     step = middle["timing_s/step"]
     alone = {role.name: role.busy * role.workers * step for role in roles}
     ranks = next(role.workers for role in roles if role.name == "learner")
-    update, publish = middle.get("timing_s/update", 0.0), middle.get("timing_s/update_weights", 0.0)
+    workers = next(role.workers for role in roles if role.name == "generation")
+    update, receive = middle.get("timing_s/update", 0.0), middle.get("sync/seconds", 0.0)
+    publish = max(0.0, middle.get("timing_s/update_weights", 0.0) - receive)  # that part has them both
     evaluation = max(0.0, alone["learner"] - ranks * (update + publish))
     return Work(
-        max(0.0, alone["generation"] - publish),
+        max(0.0, alone["generation"] - workers * receive),
         alone.get("reward", 0.0),
         alone.get("reference", 0.0),
         evaluation,
         update * ranks,
-        publish,
+        publish + receive,
     )
 
 
@@ -127,9 +129,10 @@ def _tuning(cfg: RunConfig, step_s: float, roles: Sequence[Role], work: Work, ma
     late = cfg.ppo.max_staleness > 0
     modelled = seconds(work, now, machines, late)
     scale = step_s / modelled  # what the model leaves out, it leaves out of the others too
-    advice = [_advice(cfg, now, best(work, now, machines, late), late, scale)]
-    if not late:
-        advice.append(_advice(cfg, now, best(work, now, machines, True), True, scale))
+    size = cfg.ppo.minibatch_size
+    advice = [_advice(cfg, now, best(work, now, machines, late, size), late, scale)]
+    if not late and not (cfg.ppo.result == "ema" and cfg.evaluation.every):
+        advice.append(_advice(cfg, now, best(work, now, machines, True, size), True, scale))
     worth = [one for one in advice if one.overrides and step_s / one.seconds >= WORTH]
     return Tuning(
         step_s,

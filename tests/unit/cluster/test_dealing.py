@@ -237,3 +237,29 @@ def test_nothing_asked_is_nothing_sampled() -> None:
         assert worker.calls == []
 
     scenario(steps())
+
+
+def test_what_one_batch_no_longer_takes_another_gets() -> None:
+    """Also where its leases are ended before they began."""
+
+    async def steps() -> None:
+        worker = Sampler("generation 0")
+        pool = pool_of(worker)
+        first = asyncio.ensure_future(collected(pool, members(10, step=5)))
+        await settled()
+        second = asyncio.ensure_future(collected(pool, asked := members(4, step=6)))
+        await settled()
+        assert worker.got() == [10]
+        first.cancel()
+        await settled()
+        assert worker.got() == [10, 4] and pool._outstanding == [4]
+        worker.end(1)
+        assert sorted(await second) == sorted(asked.sample_id)
+        unborn = pool.sample(members(3, step=7))
+        taking = asyncio.ensure_future(anext(unborn))
+        await asyncio.sleep(0)  # it has dealt, and its lease has not begun
+        taking.cancel()
+        await settled()
+        assert pool._outstanding == [0] and pool.held == {}
+
+    scenario(steps())

@@ -98,6 +98,22 @@ def test_one_that_is_far_from_the_learner_loads_again() -> None:
     assert (found["sync/probe"], found["sync/paused_s"], found["sync/loaded_again"]) == (0.02, 1.0, 1)
 
 
+def test_the_first_may_have_been_the_one_that_was_wrong() -> None:
+    """It is measured by what it computes with after it has loaded once more, and so are the others."""
+    first = Worker("generation 0", [BAD, GOOD], [2.0, 0.01])
+    found = deliver(first, probe=PROBE)
+    assert first.called == ["load", "resume", "probe", "load again", "resume", "probe"]
+    assert found["sync/loaded_again"] == 1
+
+
+def test_engines_of_unlike_hardware_need_not_be_compared() -> None:
+    channel = WeightChannel(Host("store", None, Path()), "node", "/", "run", 1, WeightsConfig(compare=False))
+    workers = [Worker("generation 0"), Worker("generation 1", [BAD])]
+    delivery = Delivery(channel, Snapshot(7, "/", (), None), deadline_s=10)
+    found = asyncio.run(delivery.to([worker.host for worker in workers]))
+    assert [worker.called for worker in workers] == [["load", "resume"]] * 2 and found["sync/loaded_again"] == 0
+
+
 def test_one_that_stays_far_ends_the_run() -> None:
     worker = Worker("generation 0", [GOOD, GOOD], [3.0, 2.5])
     said = (

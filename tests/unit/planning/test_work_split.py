@@ -59,3 +59,15 @@ def test_the_best_is_never_worse_than_what_there_is(work: Work, late: bool, own:
 def test_asynchronous_is_never_slower_where_gpus_are_their_own(work: Work, more: bool) -> None:
     machines = Machines(6 + 6 * more, COSTS, own=True)
     assert seconds(work, ROLES, machines, True) <= seconds(work, ROLES, machines, False) + 1e-9
+
+
+def test_ranks_divide_a_minibatch() -> None:
+    """Three would be better than two, and eight responses cannot be dealt out to three."""
+    found = best(WORK, ROLES, GPUS, asynchronous=True, minibatch_size=8)
+    assert found.workers["learner"] in (1, 2, 4)
+
+
+def test_many_cores_are_looked_at_in_a_moment() -> None:
+    """A few dozen numbers for each role, not all of a thousand."""
+    found = best(WORK, ROLES, Machines(1000, COSTS, own=False), asynchronous=True)
+    assert found.seconds < 2.5
