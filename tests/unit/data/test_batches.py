@@ -92,3 +92,13 @@ def test_a_refill_is_a_pure_function_with_ids_and_seeds_of_its_own() -> None:
     assert (
         order.refill(4, 0, 2, 2).prompt_id != refill.prompt_id or order.refill(5, 0, 2, 2).prompt_id != refill.prompt_id
     )
+
+
+def test_a_refill_brings_prompts_that_the_batch_has_not() -> None:
+    """As long as there are any: a prompt's group would else be two, or one of twice the size."""
+    order = PromptOrder(prompts(6), seed=0)
+    batch = set(order.members(0, 8, 2).prompt_id)
+    others = {f for f in prompts(6).prompt_id if f not in batch}
+    assert len(batch) == 4 and set(order.refill(0, 0, 2, 2, batch).prompt_id) == others
+    more = order.refill(0, 0, 5, 2, batch).prompt_id
+    assert len(more) == 10 and others < set(more)
