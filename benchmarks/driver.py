@@ -11,50 +11,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import statistics
 import tempfile
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from rounds import show, write
+from virtual_time import Clock
+from workload import log_of
 
 from rlhf_cluster import ppo
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.data.batches import PromptOrder
-from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.loop.admission import Batch
 from rlhf_cluster.records import Controls, Members, Prompts, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.rooms import Rooms
-from rlhf_cluster.storage.checkpoints import Checkpoints
-from rlhf_cluster.storage.rollout_log import RolloutLog
-from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog
-from rlhf_cluster.telemetry.timer import Timeline, Timer
+from rlhf_cluster.telemetry.metrics import JsonlSink
 
-RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS, PROMPTS = 64, 4096
 GOAL_MS = 50.0  # of CPU for 512 rollouts
-
-
-class Clock:
-    """CPU seconds of this process that are not the driver's."""
-
-    def __init__(self) -> None:
-        self.rooms = 0.0
-
-    @contextmanager
-    def of_rooms(self) -> Iterator[None]:
-        began = time.process_time()
-        yield
-        self.rooms += time.process_time() - began
 
 
 @dataclass
@@ -67,7 +45,7 @@ class NullGeneration:
     async def sample(self, members: Members) -> AsyncIterator[Rollouts]:
         for start in range(0, len(members), self.flush):
             await asyncio.sleep(0)
-            with self.clock.of_rooms():
+            with self.clock.of_others():
                 part = members.slice(start, min(start + self.flush, len(members)))
                 rollouts = self._rollouts(part)
             yield rollouts
@@ -96,12 +74,12 @@ class NullScorers:
     clock: Clock
 
     async def score(self, rollouts: Rollouts) -> Scores:
-        with self.clock.of_rooms():
+        with self.clock.of_others():
             ids = rollouts.sample_id
             return Scores.of({"sample_id": ids, "score": [0.5] * len(ids), "failure": [""] * len(ids)})
 
     async def logprobs(self, rollouts: Rollouts) -> RefLogprobs:
-        with self.clock.of_rooms():
+        with self.clock.of_others():
             return RefLogprobs.of({"sample_id": rollouts.sample_id, "ref_logprobs": rollouts.rollout_logprobs})
 
 
@@ -134,14 +112,11 @@ class Costs:
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self.seconds = clock, list[float]()
-        self._before = self._now()
-
-    def _now(self) -> float:
-        return time.process_time() - self._clock.rooms
+        self._before = clock.own()
 
     def show(self, step: int, batch: Batch) -> None:
         """Called once all is written down."""
-        now = self._now()
+        now = self._clock.own()
         self.seconds.append(now - self._before)
         self._before = now
 
@@ -157,15 +132,8 @@ async def measure(args: argparse.Namespace, directory: Path) -> list[float]:
     scorers, costs = NullScorers(clock), Costs(clock)
     rooms = Rooms(NullGeneration(clock, args.tokens, args.flush), scorers, scorers, NullLearner())
     cfg = PPOConfig(steps=args.iterations + 1, batch_size=args.batch, samples_per_prompt=args.samples)
-    with MetricsLog([JsonlSink(directory / "metrics.jsonl")], warn=print) as metrics:
-        log = ppo.Log(
-            metrics,
-            Timer(Timeline(), "ppo"),
-            RolloutLog(directory / "rollouts"),
-            Checkpoints(directory / "checkpoints"),
-            costs.show,
-            print,
-        )
+    log = log_of(directory, JsonlSink(directory / "metrics.jsonl"), costs.show)
+    with log.metrics:
         await ppo.train(rooms, PromptOrder(prompts(), seed=0), cfg, log)
     return costs.seconds[1:]
 
@@ -178,15 +146,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         seconds = asyncio.run(measure(args, Path(directory)))
     per_512 = statistics.median(seconds) * 1000 * 512 / args.batch
-    table = Table("rollouts", "tokens each", "a table", "CPU ms for 512, median", "smallest", "largest", "goal")
     spread = [f"{1000 * value * 512 / args.batch:.1f}" for value in (min(seconds), max(seconds))]
-    table.add_row(str(args.batch), str(args.tokens), str(args.flush), f"{per_512:.1f}", *spread, f"{GOAL_MS:g}")
-    Console().print(table)
-    print(f"load average {os.getloadavg()[0]:.2f}")
-    RESULTS.mkdir(exist_ok=True)
-    found = {"arguments": vars(args), "seconds": seconds, "environment": describe_environment()}
-    path = RESULTS / f"driver-{datetime.now(UTC):%Y%m%dT%H%M%S}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    row = [str(args.batch), str(args.tokens), str(args.flush), f"{per_512:.1f}", *spread, f"{GOAL_MS:g}"]
+    columns = ["rollouts", "tokens each", "a table", "CPU ms for 512, median", "smallest", "largest", "goal"]
+    show("CPU of the driver", columns, [row], [])
+    write("driver", {"arguments": vars(args), "seconds": seconds})
 
 
 if __name__ == "__main__":

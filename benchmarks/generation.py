@@ -10,15 +10,14 @@ table and writes `benchmarks/results/generation-<utc>.json`.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from rounds import born_with, interleaved, ratio, show, write
+from rounds import born_with, compare, interleaved
+from workload import arguments, make_members
 
 from rlhf_cluster.cluster.hosts import environment
 from rlhf_cluster.config import Resources, RunConfig, load
@@ -28,37 +27,10 @@ from rlhf_cluster.records import Members
 from rlhf_cluster.telemetry.quiet import quiet_libraries
 
 GOAL = 0.97
-IDS = 1000
 FLAGS = (
     *("model", "dtype", "max_model_len", "max_num_seqs", "enforce_eager", "enable_chunked_prefill"),
     *("kv_cache_memory_bytes", "gpu_memory_utilization", "logprobs_mode", "generation_config"),
 )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tokens per second of a generation worker and of plain vLLM.")
-    defaults = {"prompts": 16, "samples": 4, "prompt-tokens": 40, "tokens": 64, "threads": 1, "rounds": 5}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--model", default="smollm2_135m", help="a choice of conf/model")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
-    return parser.parse_args()
-
-
-def make_members(args: argparse.Namespace) -> Members:
-    rng = np.random.default_rng(0)
-    count = args.prompts * args.samples
-    prompts = rng.integers(0, IDS, (args.prompts, args.prompt_tokens)).astype(np.int32)
-    return Members.of(
-        {
-            "prompt_id": [f"p{i // args.samples}" for i in range(count)],
-            "prompt_ids": [prompts[i // args.samples] for i in range(count)],
-            "step": [0] * count,
-            "sample_index": [i % args.samples for i in range(count)],
-            "sample_id": [f"0/p{i // args.samples}/{i % args.samples}" for i in range(count)],
-            "seed": list(range(count)),
-        }
-    )
 
 
 def make_worker(cfg: RunConfig, policy: Path) -> GenerationWorker:
@@ -104,7 +76,8 @@ def plain(cfg: RunConfig, policy: Path, members: Members) -> Callable[[], None]:
 
 
 def main() -> None:
-    args = arguments()
+    defaults = {"prompts": 16, "samples": 4, "prompt_tokens": 40, "tokens": 64, "threads": 1, "rounds": 5}
+    args = arguments("Tokens per second of a generation worker and of plain vLLM.", **defaults).parse_args()
     quiet_libraries()
     born_with(environment(Resources(threads=args.threads)))
     ours = [f"model={args.model}", "data=sentiment", f"generation.max_response_tokens={args.tokens}"]
@@ -114,17 +87,8 @@ def main() -> None:
     with asyncio.Runner() as loop:
         contenders = {"plain vLLM": plain(cfg, policy, members), "worker": worker(cfg, policy, members, loop)}
         found = interleaved(contenders, args.rounds)
-    tokens = len(members) * args.tokens
-    rate = ratio(found["plain vLLM"], found["worker"])
-    lines = [
-        [name, f"{one.median:.2f}", f"{min(one.seconds):.2f}", f"{max(one.seconds):.2f}", f"{tokens / one.median:.0f}"]
-        for name, one in found.items()
-    ]
-    last = ["worker over plain", f"{rate['median']:.3f}", f"{rate['min']:.3f}", f"{rate['max']:.3f}", f">= {GOAL}"]
     title = f"{len(members)} responses of {args.tokens} tokens, {args.threads} threads"
-    show(title, ["", "seconds, median", "min", "max", "tokens/s"], [*lines, last], [])
-    seconds = {name: vars(one) for name, one in found.items()}
-    write("generation", {"arguments": vars(args), "tokens": tokens, "contenders": seconds, "ratio": rate, "goal": GOAL})
+    compare("generation", title, len(members) * args.tokens, found, GOAL, vars(args))
 
 
 if __name__ == "__main__":

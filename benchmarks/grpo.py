@@ -14,42 +14,25 @@ import argparse
 import asyncio
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from peer import trl_seconds
 from rounds import show, write
-from throughput import STEP, Iterations, in_own_process, of_one_length
+from throughput import STEP, Iterations, in_own_process, measure, of_one_length
 from transformers import AutoTokenizer
+from workload import arguments
 
-from rlhf_cluster import ppo
 from rlhf_cluster.cluster.hosts import environment
-from rlhf_cluster.cluster.placement import Attempt, PPOInputs, open_rooms
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.config import Resources, RunConfig, load
-from rlhf_cluster.data.batches import PromptOrder
-from rlhf_cluster.inputs import Inputs, load_inputs
+from rlhf_cluster.inputs import load_inputs
 from rlhf_cluster.pipeline import roles_at_once
 from rlhf_cluster.records import Prompts
-from rlhf_cluster.storage.checkpoints import Checkpoints
-from rlhf_cluster.storage.rollout_log import RolloutLog
-from rlhf_cluster.telemetry.metrics import MetricsLog
 from rlhf_cluster.telemetry.quiet import driver_log, quiet_libraries
-from rlhf_cluster.telemetry.timer import Timeline, Timer
 
 GOAL, LR = 3.0, 1e-6
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Seconds of a GRPO iteration, ours and TRL's.")
-    defaults = {"prompts": 8, "samples": 2, "tokens": 32, "iterations": 5, "warmup": 1, "blocks": 2}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--model", default="smollm2_135m", help="a choice of conf/model")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
-    return parser.parse_args()
 
 
 def configuration(args: argparse.Namespace) -> RunConfig:
@@ -66,20 +49,6 @@ def configuration(args: argparse.Namespace) -> RunConfig:
     return load([*ours, *args.overrides], "ppo")
 
 
-async def ours(cfg: RunConfig, inputs: Inputs, prompts: Prompts, work: Path, shown: Iterations) -> None:
-    paths = PPOInputs(inputs.base_path, inputs.base_path, None)
-    async with open_rooms(cfg, Attempt(cfg.name, 0, work / "logs"), paths) as opened:
-        log = ppo.Log(
-            MetricsLog([shown], lambda sentence: print(sentence, file=sys.stderr)),
-            Timer(Timeline(), ppo.STAGE),
-            RolloutLog(work / "rollouts"),
-            Checkpoints(work / "checkpoints"),
-            lambda step, batch: None,
-            lambda sentence: print(sentence, file=sys.stderr),
-        )
-        await ppo.train(opened.rooms, PromptOrder(prompts, cfg.seed), cfg.ppo, log)
-
-
 def peers(args: argparse.Namespace, policy: Path, prompts: Prompts, work: Path, threads: int) -> list[float]:
     os.environ.update(environment(Resources(threads=threads)))
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -90,7 +59,8 @@ def peers(args: argparse.Namespace, policy: Path, prompts: Prompts, work: Path, 
 
 
 def main() -> None:
-    args = arguments()
+    defaults = {"prompts": 8, "samples": 2, "tokens": 32, "iterations": 5, "warmup": 1, "blocks": 2}
+    args = arguments("Seconds of a GRPO iteration, ours and TRL's.", **defaults).parse_args()
     quiet_libraries()
     cfg = configuration(args)
     inputs = load_inputs(cfg)
@@ -101,7 +71,7 @@ def main() -> None:
             work = Path(temporary)
             shown = Iterations(terminal)
             with ray_session(cfg.cluster, roles_at_once(cfg)):
-                asyncio.run(ours(cfg, inputs, prompts, work, shown))
+                asyncio.run(measure(cfg, inputs, prompts, work, shown))
             found["ours"] += [record[STEP] for record in shown.records[args.warmup :]]
             for threads, name in ((1, "TRL, 1 thread"), (2, "TRL, 2 threads")):
                 print(f"block {block + 1}: {name}", file=terminal)

@@ -19,29 +19,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from plain import PlainLearner
-from rounds import interleaved, ratio, show, write
+from rounds import compare, interleaved
+from workload import IDS, arguments, make_members
 
 from rlhf_cluster.config import RunConfig, load
 from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.models.build import prepare_model
 from rlhf_cluster.models.load import resolve_dtype
-from rlhf_cluster.records import Controls, Pretraining, Rollouts, ScoredRollouts
+from rlhf_cluster.records import Controls, Pretraining, ScoredRollouts
 from rlhf_cluster.telemetry.quiet import quiet_libraries
 
 GOAL = 2.2
 MICRO_BATCH = 4  # of the plain loop
-IDS = 1000  # tokens of these ids alone
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tokens per second of the learner and of a plain torch loop.")
-    defaults = {"prompts": 8, "samples": 2, "prompt-tokens": 40, "tokens": 32, "threads": 1, "rounds": 5}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--skewed", action="store_true", help="log-normal lengths, --tokens the longest")
-    parser.add_argument("--model", default="smollm2_135m", help="a choice of conf/model")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
-    return parser.parse_args()
 
 
 def configuration(args: argparse.Namespace) -> RunConfig:
@@ -61,23 +50,17 @@ def make_rows(args: argparse.Namespace, step: int) -> ScoredRollouts:
     count, longest = args.prompts * args.samples, args.tokens
     skewed = np.minimum(np.ceil(longest * rng.lognormal(-1.5, 0.8, count)), longest).astype(int)
     lengths = skewed if args.skewed else np.full(count, longest)
-    prompts = rng.integers(0, IDS, (args.prompts, args.prompt_tokens)).astype(np.int32)
     columns = {
-        "prompt_id": [f"p{i // args.samples}" for i in range(count)],
-        "prompt_ids": [prompts[i // args.samples] for i in range(count)],
-        "step": [step] * count,
-        "sample_index": [i % args.samples for i in range(count)],
-        "sample_id": [f"{step}/p{i // args.samples}/{i % args.samples}" for i in range(count)],
-        "seed": [0] * count,
         "response_ids": [rng.integers(0, IDS, length).astype(np.int32) for length in lengths],
         "rollout_logprobs": [np.full(length, -7.0, np.float32) for length in lengths],
         "weight_versions": [np.full(length, step, np.int32) for length in lengths],
         "finish_reason": ["length"] * count,
         "temperature": [1.0] * count,
         "incarnation": ["none"] * count,
+        "score": rng.normal(size=count),
+        "failure": [""] * count,
     }
-    scores = {"score": rng.normal(size=count), "failure": [""] * count}
-    return Rollouts.of(columns).extend(ScoredRollouts, scores)
+    return make_members(args, step).extend(ScoredRollouts, columns)
 
 
 def learner(cfg: RunConfig, policy: Path) -> Callable[[ScoredRollouts], None]:
@@ -98,7 +81,10 @@ def learner(cfg: RunConfig, policy: Path) -> Callable[[ScoredRollouts], None]:
 
 
 def main() -> None:
-    args = arguments()
+    defaults = {"prompts": 8, "samples": 2, "prompt_tokens": 40, "tokens": 32, "threads": 1, "rounds": 5}
+    parser = arguments("Tokens per second of the learner and of a plain torch loop.", **defaults)
+    parser.add_argument("--skewed", action="store_true", help="log-normal lengths, --tokens the longest")
+    args = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(args.threads)
     cfg = configuration(args)
@@ -113,16 +99,8 @@ def main() -> None:
         args.rounds,
     )
     tokens = sum(map(len, rows.prompt_ids)) + sum(map(len, rows.response_ids))
-    gain = ratio(found["plain torch loop"], found["learner"])
-    lines = [
-        [name, f"{one.median:.2f}", f"{min(one.seconds):.2f}", f"{max(one.seconds):.2f}", f"{tokens / one.median:.0f}"]
-        for name, one in found.items()
-    ]
-    last = ["learner over plain", f"{gain['median']:.2f} x", f"{gain['min']:.2f}", f"{gain['max']:.2f}", f">= {GOAL}"]
     title = f"an update of {len(rows)} responses, {tokens} tokens with their prompts, {args.threads} threads"
-    show(title, ["", "seconds, median", "min", "max", "tokens/s"], [*lines, last], [])
-    seconds = {name: vars(one) for name, one in found.items()}
-    write("learner", {"arguments": vars(args), "tokens": tokens, "contenders": seconds, "ratio": gain, "goal": GOAL})
+    compare("learner", title, tokens, found, GOAL, vars(args))
 
 
 if __name__ == "__main__":

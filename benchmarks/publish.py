@@ -124,6 +124,7 @@ async def publish(
     snapshot = write_snapshot(directory, version, tensors)
     written = time.perf_counter()
     await worker.receive(snapshot)
+    await worker.digests()
     loaded = time.perf_counter()  # nothing is sampled until it resumes
     paused = await worker.resume()
     ended = time.perf_counter()

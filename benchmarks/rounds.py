@@ -79,3 +79,19 @@ def write(name: str, found: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}.json"
     path.write_text(json.dumps({**found, "environment": describe_environment()}, indent=1) + "\n")
     return path
+
+
+def compare(
+    name: str, title: str, tokens: int, found: Mapping[str, Measured], goal: float, args: Mapping[str, Any]
+) -> None:
+    """Prints and writes the second contender over the first, in tokens a second."""
+    first, second = found
+    gain = ratio(found[first], found[second])
+    lines = [
+        [name, f"{one.median:.2f}", f"{min(one.seconds):.2f}", f"{max(one.seconds):.2f}", f"{tokens / one.median:.0f}"]
+        for name, one in found.items()
+    ]
+    last = [f"{second} over {first}", *(f"{gain[of]:.3f}" for of in ("median", "min", "max")), f">= {goal}"]
+    show(title, ["", "seconds, median", "min", "max", "tokens/s"], [*lines, last], [])
+    seconds = {name: vars(one) for name, one in found.items()}
+    write(name, {"arguments": args, "tokens": tokens, "contenders": seconds, "ratio": gain, "goal": goal})

@@ -34,20 +34,18 @@ from typing import Any
 import numpy as np
 from rounds import show, write
 from virtual_time import Clock, run
+from workload import log_of
 
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.clients import GenerationPool, ReferencePool, RewardPool
-from rlhf_cluster.cluster.delivery import Arrived, WeightChannel
+from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.config import PPOConfig, WeightsConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.loop.admission import Batch
 from rlhf_cluster.records import Controls, Members, Prompts, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.rooms import Rooms
-from rlhf_cluster.storage.checkpoints import Checkpoints
-from rlhf_cluster.storage.rollout_log import RolloutLog
-from rlhf_cluster.telemetry.metrics import JsonlSink, MetricsLog
-from rlhf_cluster.telemetry.timer import Timeline, Timer
+from rlhf_cluster.telemetry.metrics import JsonlSink
 from rlhf_cluster.weights.snapshot import Snapshot
 
 PER_TOKEN_S, LOAD_S, PUBLISH_S, SCORE_S = 0.025, 1.0, 1.0, 0.05
@@ -94,7 +92,7 @@ class Sampler:
     stopped: float = 0.0
 
     def actor(self) -> Verbs:
-        return Verbs(sample=self.sample, receive_from=self.receive, resume=self.resume)
+        return Verbs(sample=self.sample, receive_from=self.receive, digests=self.digests, resume=self.resume)
 
     def awake(self) -> float:
         return now() - self.stopped
@@ -148,11 +146,14 @@ class Sampler:
             },
         )
 
-    async def receive(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> Arrived:
+    async def receive(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> int:
         await asyncio.sleep(LOAD_S)
         self.stopped += LOAD_S
         self.version = snapshot.version
-        return Arrived({"0:model": "same"}, 0)
+        return 0
+
+    async def digests(self) -> dict[str, str]:
+        return {"0:model": "same"}
 
     async def resume(self) -> float:
         return LOAD_S
@@ -253,15 +254,8 @@ async def simulate(workers: int, staleness: int, args: argparse.Namespace, direc
     cfg = PPOConfig(
         steps=args.iterations + 2 * (staleness + 1), batch_size=batch, samples_per_prompt=4, max_staleness=staleness
     )
-    with MetricsLog([JsonlSink(directory / "metrics.jsonl")], warn=print) as metrics:
-        log = ppo.Log(
-            metrics,
-            Timer(Timeline(), "ppo"),
-            RolloutLog(directory / "rollouts"),
-            Checkpoints(directory / "checkpoints"),
-            watch.show,
-            print,
-        )
+    log = log_of(directory, JsonlSink(directory / "metrics.jsonl"), watch.show)
+    with log.metrics:
         await ppo.train(rooms, PromptOrder(prompts(max(64, batch // 4)), seed=0), cfg, log)
     return watch
 

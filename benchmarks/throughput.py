@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import json
 import multiprocessing
 import os
 import resource
@@ -27,7 +26,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,6 +33,8 @@ import numpy as np
 from bare_loop import bare_update_seconds
 from rich.console import Console
 from rich.table import Table
+from rounds import RESULTS, write
+from workload import log_of
 
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.hosts import environment
@@ -42,20 +42,16 @@ from rlhf_cluster.cluster.placement import Attempt, PPOInputs, open_rooms
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.config import RewardConfig, RewardPart, RunConfig, load
 from rlhf_cluster.data.batches import PromptOrder
-from rlhf_cluster.environment import describe_environment
 from rlhf_cluster.inputs import Inputs, load_inputs
 from rlhf_cluster.models.load import resolve_attention, resolve_dtype
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.pipeline import roles_at_once
 from rlhf_cluster.records import Prompts
-from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
-from rlhf_cluster.telemetry.metrics import MetricsLog, MetricsRecord
+from rlhf_cluster.telemetry.metrics import MetricsRecord
 from rlhf_cluster.telemetry.quiet import driver_log, quiet_libraries
-from rlhf_cluster.telemetry.timer import Timeline, Timer
 
-RESULTS = Path(__file__).parent / "results"
 PARTS = {  # what is shown -> the loop's own timer
     "generate": "timing_s/gen",
     "score": "timing_s/reward",
@@ -148,17 +144,10 @@ class Iterations:
 
 async def measure(cfg: RunConfig, inputs: Inputs, prompts: Prompts, work: Path, shown: Iterations) -> Mapping[str, int]:
     """Runs every iteration; returns the peak memory of each process in bytes."""
-    paths = PPOInputs(inputs.base_path, inputs.base_path, Path(cfg.reward.path))
+    reward_model = Path(cfg.reward.path) if cfg.reward.path else None
+    paths = PPOInputs(inputs.base_path, inputs.base_path, reward_model)
     async with open_rooms(cfg, Attempt(cfg.name, 0, work / "logs"), paths) as opened:
-        log = ppo.Log(
-            MetricsLog([shown], lambda sentence: print(sentence, file=sys.stderr)),
-            Timer(Timeline(), ppo.STAGE),
-            RolloutLog(work / "rollouts"),
-            Checkpoints(work / "checkpoints"),
-            lambda step, batch: None,
-            lambda sentence: print(sentence, file=sys.stderr),
-        )
-        await ppo.train(opened.rooms, PromptOrder(prompts, cfg.seed), cfg.ppo, log)
+        await ppo.train(opened.rooms, PromptOrder(prompts, cfg.seed), cfg.ppo, log_of(work, shown))
         driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {**await opened.peak_memory(), "driver": driver}
 
@@ -273,11 +262,9 @@ def main() -> int:
         "bare_loop_seconds": bare,
         "learner_update_over_bare_loop": found["seconds"]["learner update"]["median"] / bare,
         "peak_memory_bytes": dict(memory),
-        "environment": describe_environment(),
         "config": dataclasses.asdict(cfg),
     }
-    path = RESULTS / f"throughput-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = write("throughput", result)
     show(result)
     print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return 0

@@ -35,14 +35,6 @@ class WeightChannel:
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """What one worker has of a version: `digests` of what it computes with, and the bytes that it took."""
-
-    digests: Mapping[str, str]
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Delivered:
     """What there is to say of one worker's turn; `off`: nats per token that its logprobs are from the learner's."""
 
@@ -63,7 +55,8 @@ class Delivery:
         """Returns its metrics once all of them sample from the version: seconds in all, bytes of all workers, the
         longest that a worker sampled nothing for, how often one had to load again, and what the worst probe found."""
         began = time.perf_counter()
-        told = await asyncio.gather(*map(self._to, hosts))
+        compared = self._channel.cfg.compare and len(hosts) > 1
+        told = await asyncio.gather(*(self._to(host, compared) for host in hosts))
         off = [one.off for one in told if one.off is not None]
         return {
             "sync/seconds": time.perf_counter() - began,
@@ -73,33 +66,32 @@ class Delivery:
             **({"sync/probe": max(off)} if off else {}),
         }
 
-    async def _to(self, host: Host) -> Delivered:
+    async def _to(self, host: Host, compared: bool) -> Delivered:
         """Loads, and samples on where the proofs hold; where one does not, once more."""
         taken, paused_s, wrong = 0, 0.0, ""
         for times in (1, 2):
-            arrived = await self._load(host, again=times > 1)
-            taken += arrived.bytes
-            if not (wrong := self._refuted_by_others(host, arrived)):
+            taken += await self._load(host, again=times > 1)
+            wrong = await self._refuted_by_others(host) if compared else ""
+            if not wrong:
                 paused_s += await host.ask("resume", deadline_s=self._deadline_s)
                 off, wrong = await self._probed(host)
             if not wrong:
                 return Delivered(taken, paused_s, off, times)
         raise WorkerError(f"{wrong}; loading them once more did not mend it (its log: {host.log})")
 
-    async def _load(self, host: Host, again: bool) -> Arrived:
+    async def _load(self, host: Host, again: bool) -> int:
         channel = self._channel
         place = (channel.node, channel.run, channel.attempt)
         args = (channel.store.actor, self._snapshot, place, again)
         return await host.ask("receive_from", *args, deadline_s=self._deadline_s)
 
-    def _refuted_by_others(self, host: Host, arrived: Arrived) -> str:
+    async def _refuted_by_others(self, host: Host) -> str:
         """Why this worker does not compute with what the first one computes with; nothing where it does."""
+        digests = await host.ask("digests", deadline_s=self._deadline_s)
         if self._first is None or self._first[0] == host.name:
-            self._first = host.name, arrived.digests
+            self._first = host.name, digests
         name, expected = self._first
-        if not self._channel.cfg.compare:
-            return ""
-        wrong = sorted(of for of, digest in expected.items() if arrived.digests.get(of) != digest)
+        wrong = sorted(of for of, digest in expected.items() if digests.get(of) != digest)
         some = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         return (
             f"{host.name} computes with other weights of version {self._snapshot.version} than {name} does in "

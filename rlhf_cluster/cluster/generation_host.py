@@ -7,7 +7,6 @@ from typing import Any
 
 import ray
 
-from rlhf_cluster.cluster.delivery import Arrived
 from rlhf_cluster.cluster.hosts import Hosted
 from rlhf_cluster.cluster.waits import Call, answer
 from rlhf_cluster.generation.worker import GenerationWorker
@@ -23,18 +22,21 @@ class GenerationHost(Hosted, GenerationWorker):
 
     _copy: SnapshotCopy | None = None
 
-    async def receive_from(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> Arrived:
-        """`place`: the store's node, its run and attempt. `again`: nothing that is here already is trusted."""
+    async def receive_from(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> int:
+        """Returns the bytes that it took. `place`: the store's node, its run and attempt. `again`: nothing that is here
+        already is trusted."""
         node, run, attempt = place
         if ray.get_runtime_context().get_node_id() == node:
-            return Arrived(await self.receive(snapshot, again), snapshot.bytes)
+            await self.receive(snapshot, again)
+            return snapshot.bytes
         if self._copy is None:
             self._copy = SnapshotCopy(store_directory(f"{run}-{os.getpid()}", attempt))
         if again:
             self._copy.forget()
         before = self._copy.received
         snapshot = await self._copied(self._copy, store, snapshot)
-        return Arrived(await self.receive(snapshot, again), self._copy.received - before)
+        await self.receive(snapshot, again)
+        return self._copy.received - before
 
     async def _copied(self, copy: SnapshotCopy, store: Any, snapshot: Snapshot) -> Snapshot:
         async def ask(version: int, number: int, base: int | None) -> Piece:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 ADAPTER = "policy"  # the name of the only one
 ABORTED = "abort"  # the end of a request that a pause cut off
 DIGESTS = "rlhf_cluster.weights.receiver.WeightDigests"
-Digests = dict[str, str]  # of what an engine computes with, by its rank and module
 PAUSES: dict[str, PauseMode] = {"keep": "keep", "finish": "wait", "abort": "abort"}  # vLLM's word for `weights.running`
 
 
@@ -163,9 +162,9 @@ class GenerationWorker:
         }
         return rows.extend(Rollouts, columns)
 
-    async def receive(self, snapshot: Snapshot, again: bool = False) -> Digests:
+    async def receive(self, snapshot: Snapshot, again: bool = False) -> None:
         """Loads a published version under running requests, which fare as `weights.running` and `weights.kv` say, and
-        samples no more until `resume`; returns what the engine then computes with.
+        samples no more until `resume`.
 
         Asking for the version that serves already changes nothing, unless it is to be loaded `again`.
         """
@@ -173,6 +172,9 @@ class GenerationWorker:
             await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
             await self._pause()
             await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
+
+    async def digests(self) -> dict[str, str]:
+        """Of what the engine computes with, by its rank and module."""
         found = await self.engine.collective_rpc("weight_digests")
         return {f"{rank}:{name}": digest for rank, of in enumerate(found) for name, digest in of.items()}
 

@@ -44,18 +44,18 @@ class OpenBatch:
     gradient: PolicyGradient
     rows: dict[str, EvaluatedRow] = field(default_factory=dict)
     waiting: list[ScoredRollouts] = field(default_factory=list)  # to be evaluated
+    waiting_tokens: int = 0  # of their prompts and responses
     taken: list[ScoredRollouts] = field(default_factory=list)  # of which `rows` were made
     seconds: float = 0.0  # spent on evaluation
 
-    @property
-    def waiting_tokens(self) -> int:
-        ids = [column for part in self.waiting for column in (part.prompt_ids, part.response_ids)]
-        return sum(sum(map(len, column)) for column in ids)
+    def keep(self, rows: ScoredRollouts) -> None:
+        self.waiting.append(rows)
+        self.waiting_tokens += sum(map(len, rows.prompt_ids)) + sum(map(len, rows.response_ids))
 
     def take(self) -> ScoredRollouts:
         """Of what waits, the rows that are not here yet, by sample id."""
         rows = ScoredRollouts.concat(self.waiting)
-        self.taken, self.waiting = [*self.taken, *self.waiting], []
+        self.taken, self.waiting, self.waiting_tokens = [*self.taken, *self.waiting], [], 0
         wanted = self.plan.owners.keys() - self.rows.keys()
         fresh = {sample_id: i for i, sample_id in enumerate(rows.sample_id) if sample_id in wanted}
         return rows.take([fresh[sample_id] for sample_id in sorted(fresh)])
@@ -149,7 +149,7 @@ class LearnerWorker:
         if step not in self._open:
             raise LearnerError(f"rows of batch {step} arrived, but the open batches are {sorted(self._open)}")
         batch = self._open[step]
-        batch.waiting.append(rows.slice(start, stop))
+        batch.keep(rows.slice(start, stop))
         if step == self._version and (self._stream is None or self._stream.is_enough(batch.waiting_tokens)):
             self._evaluate(batch)
 
@@ -267,6 +267,8 @@ class LearnerWorker:
         """What another policy said of its rows is forgotten, and the gradient that came with it. A collective."""
         if batch.taken and self._stream is not None:
             self._models.policy.forget_gradient()
-        batch.waiting, batch.taken = [*batch.taken, *batch.waiting], []
+        again, batch.taken, batch.waiting, batch.waiting_tokens = [*batch.taken, *batch.waiting], [], [], 0
+        for rows in again:
+            batch.keep(rows)
         batch.rows.clear()
         batch.gradient = self._new_gradient()

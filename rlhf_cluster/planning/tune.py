@@ -46,7 +46,6 @@ class Tuning:
     """What was measured of a run, and what would be better, the best first."""
 
     step_s: float
-    modelled_s: float  # what the model makes of the run as it is
     roles: Sequence[Role]
     bottleneck: str
     advice: Sequence[Advice]
@@ -127,8 +126,7 @@ def _machines(run_dir: Path, roles: Sequence[Role], cpus: float, gpus: float) ->
 def _tuning(cfg: RunConfig, step_s: float, roles: Sequence[Role], work: Work, machines: Machines) -> Tuning:
     now = {role.name: role.workers for role in roles}
     late = cfg.ppo.max_staleness > 0
-    modelled = seconds(work, now, machines, late)
-    scale = step_s / modelled  # what the model leaves out, it leaves out of the others too
+    scale = step_s / seconds(work, now, machines, late)  # what the model leaves out, it leaves out of the others too
     size = cfg.ppo.minibatch_size
     advice = [_advice(cfg, now, best(work, now, machines, late, size), late, scale)]
     if not late and not (cfg.ppo.result == "ema" and cfg.evaluation.every):
@@ -136,7 +134,6 @@ def _tuning(cfg: RunConfig, step_s: float, roles: Sequence[Role], work: Work, ma
     worth = [one for one in advice if one.overrides and step_s / one.seconds >= WORTH]
     return Tuning(
         step_s,
-        modelled,
         roles,
         max(roles, key=lambda role: role.busy).name,
         [*sorted(worth, key=lambda one: one.seconds), *_of_sampling(cfg, now)],

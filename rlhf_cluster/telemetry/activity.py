@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from rlhf_cluster.telemetry.timer import Span, Timeline, Timer
@@ -47,10 +47,8 @@ class Activity:
         if role_of(worker) not in LEFT_OUT:
             self._workers.append(worker)
 
-    @contextmanager
-    def at(self, worker: str, verb: str) -> Iterator[None]:
-        with self._timer(worker, verb):
-            yield
+    def at(self, worker: str, verb: str) -> AbstractContextManager[None]:
+        return self._timer(worker, verb)
 
     def idle(self) -> dict[str, float]:
         """`idle/<role>`: the share of the time since the last call that its workers had nothing to do."""
@@ -91,20 +89,13 @@ def bubbles(spans: Iterable[Span]) -> list[Bubbles]:
         cause = next((word for call, word in CAUSES.items() if calls[call]), NOBODY)
         for role, of_causes in waited.items():
             of_causes[cause] += seconds * (sizes[role] - busy[role])
-    window = ended - began
-    return [
-        Bubbles(
-            role,
-            sizes[role],
-            1 - sum(of_causes.values()) / (window * sizes[role]),
-            {cause: s / (window * sizes[role]) for cause, s in by_seconds(of_causes) if s > 1e-9 * window},
-        )
-        for role, of_causes in waited.items()
-    ]
-
-
-def by_seconds(causes: Mapping[str, float]) -> list[tuple[str, float]]:
-    return sorted(causes.items(), key=lambda pair: -pair[1])
+    window, found = ended - began, []
+    for role, of_causes in waited.items():
+        whole = window * sizes[role]
+        largest_first = sorted(of_causes.items(), key=lambda pair: -pair[1])
+        shares = {cause: idle / whole for cause, idle in largest_first if idle > 1e-9 * window}
+        found.append(Bubbles(role, sizes[role], 1 - sum(of_causes.values()) / whole, shares))
+    return found
 
 
 def _intervals(spans: Sequence[Span]) -> Iterator[tuple[float, Counter[tuple[str, str]], Counter[str]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_cluster.cluster.delivery import Arrived, Delivery, WeightChannel
+from rlhf_cluster.cluster.delivery import Delivery, WeightChannel
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.cluster.waits import WorkerError
 from rlhf_cluster.config import WeightsConfig
@@ -30,17 +30,22 @@ class Worker:
     loads: list[dict[str, str]] = field(default_factory=lambda: [GOOD])
     probes: list[float] = field(default_factory=lambda: [0.01])
     called: list[str] = field(default_factory=list)
+    held: dict[str, str] = field(default_factory=dict)
 
     @property
     def host(self) -> Host:
-        verbs = {"receive_from": self._receive, "resume": self._resume, "probe": self._probe}
+        verbs = {"receive_from": self._receive, "digests": self._digests, "resume": self._resume, "probe": self._probe}
         actor = SimpleNamespace(**{verb: SimpleNamespace(remote=called) for verb, called in verbs.items()})
         return Host(self.name, actor, Path("its.log"))
 
-    async def _receive(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> Arrived:
+    async def _receive(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> int:
         assert place == ("node", "run", 1)
         self.called.append("load again" if again else "load")
-        return Arrived(self.loads.pop(0), 100)
+        self.held = self.loads.pop(0)
+        return 100
+
+    async def _digests(self) -> dict[str, str]:
+        return self.held
 
     async def _resume(self) -> float:
         self.called.append("resume")

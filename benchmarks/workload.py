@@ -1,0 +1,64 @@
+"""What the benchmarks have in common: what they are asked for, the responses that they sample or train on, and a log of
+`ppo.train` that keeps nothing but what a benchmark looks at."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_cluster import ppo
+from rlhf_cluster.loop.admission import Batch
+from rlhf_cluster.records import Members
+from rlhf_cluster.storage.checkpoints import Checkpoints
+from rlhf_cluster.storage.rollout_log import RolloutLog
+from rlhf_cluster.telemetry.metrics import MetricsLog, Sink
+from rlhf_cluster.telemetry.timer import Timeline, Timer
+
+IDS = 250  # prompts and responses are of these ids alone, which every model has
+
+
+def arguments(description: str, **numbers: int) -> argparse.ArgumentParser:
+    """Takes an option for each of `numbers`, whose values are the defaults, a model and overrides."""
+    parser = argparse.ArgumentParser(description=description)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--model", default="smollm2_135m", help="a choice of conf/model")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
+    return parser
+
+
+def make_members(args: argparse.Namespace, step: int = 0) -> Members:
+    """`args.samples` responses to each of `args.prompts` prompts of `args.prompt_tokens` random tokens."""
+    rng = np.random.default_rng(step)
+    count = args.prompts * args.samples
+    prompts = rng.integers(0, IDS, (args.prompts, args.prompt_tokens)).astype(np.int32)
+    return Members.of(
+        {
+            "prompt_id": [f"p{i // args.samples}" for i in range(count)],
+            "prompt_ids": [prompts[i // args.samples] for i in range(count)],
+            "step": [step] * count,
+            "sample_index": [i % args.samples for i in range(count)],
+            "sample_id": [f"{step}/p{i // args.samples}/{i % args.samples}" for i in range(count)],
+            "seed": list(range(count)),
+        }
+    )
+
+
+def log_of(directory: Path, sink: Sink, show: Callable[[int, Batch], None] = lambda step, batch: None) -> ppo.Log:
+    """Rollouts and checkpoints go below `directory`, what is wrong to the terminal."""
+
+    def warn(sentence: str) -> None:
+        print(sentence, file=sys.stderr)
+
+    return ppo.Log(
+        MetricsLog([sink], warn),
+        Timer(Timeline(), ppo.STAGE),
+        RolloutLog(directory / "rollouts"),
+        Checkpoints(directory / "checkpoints"),
+        show,
+        warn,
+    )
