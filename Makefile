@@ -48,12 +48,10 @@ test: check ## check, then the contract, deploy and cluster tests
 test-long: setup ## the tests that take minutes
 	@$(PYTEST) -m long tests
 
-bench: setup ## what it costs, each question beside something else: an iteration, the learner, the driver, many workers (simulated)
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/throughput.py
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learner.py
-	@$(BIN)/python benchmarks/generation.py
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/driver.py
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale.py
+bench: setup ## what it costs, each question beside something else: benchmarks/RESULTS.md (about an hour)
+	@for question in throughput learner generation publish stream driver scale asynchronous; do \
+		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$question.py || exit 1; \
+	done
 
 pins: setup ## resolve requirements/*.txt anew from pyproject.toml, keeping the pins that still fit
 	@resolve="$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --override requirements/without.txt"; \

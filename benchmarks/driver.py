@@ -16,12 +16,11 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rounds import show, write
 from virtual_time import Clock
-from workload import log_of
+from workload import log_of, rollouts_of
 
 from rlhf_cluster import ppo
 from rlhf_cluster.config import PPOConfig
@@ -47,20 +46,8 @@ class NullGeneration:
             await asyncio.sleep(0)
             with self.clock.of_others():
                 part = members.slice(start, min(start + self.flush, len(members)))
-                rollouts = self._rollouts(part)
+                rollouts = rollouts_of(part, self.tokens, self.version)
             yield rollouts
-
-    def _rollouts(self, members: Members) -> Rollouts:
-        count, tokens = len(members), self.tokens
-        columns: dict[str, Sequence[Any]] = {
-            "response_ids": list(np.full((count, tokens), 7, np.int32)),
-            "rollout_logprobs": list(np.full((count, tokens), -1.0, np.float32)),
-            "weight_versions": list(np.full((count, tokens), self.version, np.int32)),
-            "finish_reason": ["length"] * count,
-            "temperature": [1.0] * count,
-            "incarnation": ["null"] * count,
-        }
-        return members.extend(Rollouts, columns)
 
     async def receive(self, version: int) -> dict[str, float]:
         self.version = version

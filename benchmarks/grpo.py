@@ -20,11 +20,12 @@ from typing import Any
 
 from peer import trl_seconds
 from rounds import show, write
-from throughput import STEP, Iterations, in_own_process, measure, of_one_length
+from throughput import Iterations, in_own_process, measure, of_one_length
 from transformers import AutoTokenizer
 from workload import arguments
 
 from rlhf_cluster.cluster.hosts import environment
+from rlhf_cluster.cluster.placement import PPOInputs
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.config import Resources, RunConfig, load
 from rlhf_cluster.inputs import load_inputs
@@ -65,14 +66,15 @@ def main() -> None:
     cfg = configuration(args)
     inputs = load_inputs(cfg)
     prompts = of_one_length(inputs.prompts, args.prompts)
+    paths = PPOInputs(inputs.base_path, inputs.base_path, None)
     found: dict[str, list[float]] = {"ours": [], "TRL, 1 thread": [], "TRL, 2 threads": []}
     for block in range(args.blocks):
         with tempfile.TemporaryDirectory() as temporary, driver_log(Path(temporary) / "driver.log") as terminal:
             work = Path(temporary)
             shown = Iterations(terminal)
             with ray_session(cfg.cluster, roles_at_once(cfg)):
-                asyncio.run(measure(cfg, inputs, prompts, work, shown))
-            found["ours"] += [record[STEP] for record in shown.records[args.warmup :]]
+                asyncio.run(measure(cfg, paths, prompts, work, shown))
+            found["ours"] += shown.seconds[args.warmup :]
             for threads, name in ((1, "TRL, 1 thread"), (2, "TRL, 2 threads")):
                 print(f"block {block + 1}: {name}", file=terminal)
                 found[name] += peers(args, inputs.base_path, prompts, work, threads)[args.warmup :]

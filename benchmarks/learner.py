@@ -90,10 +90,13 @@ def main() -> None:
     cfg = configuration(args)
     policy = prepare_model(cfg.model)
     rows = make_rows(args, 0)
+    prompts, responses, advantages = rows.prompt_ids, rows.response_ids, rows.score.tolist()
     ours, plain = learner(cfg, policy), PlainLearner(policy, resolve_dtype(cfg.model.dtype), MICRO_BATCH, 1e-6)
     found = interleaved(
         {
-            "plain torch loop": lambda: plain(rows.prompt_ids, rows.response_ids, rows.score.tolist()),
+            "plain torch loop": lambda: plain.update(
+                prompts, responses, advantages, plain.evaluate(prompts, responses)
+            ),
             "learner": lambda: ours(rows),
         },
         args.rounds,

@@ -1,15 +1,18 @@
 """What does one PPO iteration cost, by part, end to end through the real rooms (Ray, vLLM, DeepSpeed)?
 
-    python benchmarks/throughput.py                                   8 prompts x 2 responses x exactly 32 tokens, 135M
-    python benchmarks/throughput.py --model tiny --iterations 2       a quick check
-    python benchmarks/throughput.py model.dtype=bfloat16              any override of the configuration, after ours
+    python benchmarks/throughput.py                                 8 prompts x 2 responses x exactly 32 tokens, 135M
+    python benchmarks/throughput.py --prompts 16 --samples 4 --tokens 64
+    python benchmarks/throughput.py --model tiny --iterations 2         a quick check
+    python benchmarks/throughput.py model.dtype=bfloat16                any override of the configuration, after ours
 
-Runs `ppo.train` on prompts of one length, so that `tokens_per_micro_batch` makes micro-batches of exactly
-`--micro-batch` sequences. The reward model is made on the spot, the policy's body under a random head: only its speed
-counts. Prints one table and writes `benchmarks/results/throughput-<utc>.json`.
+PPO with reward model, reference and critic, synchronous, on prompts of one length. In turn, `--blocks` times:
 
-The ratio is the learner's update over a bare torch loop that does the same arithmetic - policy and critic forward,
-backward, clipping, AdamW - on the same batch, by the same number of threads, in a process that is alone on the cores.
+    the system     `ppo.train` on the real rooms, from one iteration's record to the next
+    own kernels    our own workers in bare processes, called back to back on the same prompts (`bare_rooms.py`)
+    plain          plain vLLM, and the torch loops that one writes first (`plain.py`), one after the other
+
+The reward model is made on the spot, the policy's body under a random head: only its speed counts. Prints one table and
+writes `benchmarks/results/throughput-<utc>.json`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import resource
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,11 +34,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from bare_loop import bare_update_seconds
-from rich.console import Console
-from rich.table import Table
-from rounds import RESULTS, write
-from workload import log_of
+from bare_rooms import BareRooms
+from plain import plain_generation_seconds, plain_seconds
+from rounds import RESULTS, show, write
+from workload import log_of, plain_vllm
 
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.hosts import environment
@@ -47,7 +50,7 @@ from rlhf_cluster.models.load import resolve_attention, resolve_dtype
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.pipeline import roles_at_once
-from rlhf_cluster.records import Prompts
+from rlhf_cluster.records import Members, Prompts, Rollouts
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import MetricsRecord
 from rlhf_cluster.telemetry.quiet import driver_log, quiet_libraries
@@ -60,21 +63,26 @@ PARTS = {  # what is shown -> the loop's own timer
     "learner update": "timing_s/update",
     "publish": "timing_s/update_weights",
 }
-STEP = "timing_s/step"
+WHOLE = "whole iteration"
+SYSTEM, KERNELS, PLAIN = "the system", "own kernels", "plain vLLM and torch"
+GOAL = 1.10
+
+Seconds = list[Mapping[str, float]]  # by part, of each iteration
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Seconds by part and tokens/s of one PPO iteration.")
     parser.add_argument("--model", default="smollm2_135m", help="a choice of conf/model")
-    parser.add_argument("--iterations", type=int, default=5, help="measured iterations")
+    parser.add_argument("--iterations", type=int, default=5, help="measured iterations of a block")
     parser.add_argument("--warmup", type=int, default=2, help="iterations before them")
+    parser.add_argument("--blocks", type=int, default=2, help="how often each contender has its turn")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of an iteration")
     parser.add_argument("--samples", type=int, default=2, help="responses to each prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of every response (EOS is ignored)")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences of one forward")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the configuration")
     args = parser.parse_args()
-    for name in ("iterations", "prompts", "samples", "tokens", "micro_batch"):
+    for name in ("iterations", "warmup", "blocks", "prompts", "samples", "tokens", "micro_batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
     return args
@@ -84,13 +92,8 @@ def configuration(args: argparse.Namespace, reward_model: Path, sequence: int) -
     """The workload as a configuration; `sequence` is the length of prompt and response, in tokens."""
     responses, limit = args.prompts * args.samples, args.micro_batch * sequence
     ours = [
-        *(
-            f"model={args.model}",
-            "data=sentiment",
-            "name=throughput",
-            "model.context=320",
-            "data.max_prompt_tokens=256",
-        ),
+        *(f"model={args.model}", "data=sentiment", "name=throughput"),
+        *("model.context=320", "data.max_prompt_tokens=256"),
         *(f"ppo.batch_size={responses}", f"ppo.minibatch_size={responses}", f"ppo.samples_per_prompt={args.samples}"),
         *(f"ppo.steps={args.warmup + args.iterations}", f"reward.path={reward_model}"),
         *(f"generation.max_response_tokens={args.tokens}", "generation.ignore_eos=true"),
@@ -124,16 +127,26 @@ def make_reward_model(policy: Path, directory: Path, cfg: RunConfig) -> None:
 
 
 class Iterations:
-    """A sink that keeps the metrics of each iteration and says that it was."""
+    """A sink that keeps the metrics of each iteration, and the seconds from one's record to the next's; the first
+    begins when this is made."""
 
     def __init__(self, terminal: TextIO) -> None:
         self.records: list[Mapping[str, float]] = []
-        self._terminal = terminal
+        self.seconds: list[float] = []
+        self._terminal, self._before = terminal, time.perf_counter()
 
     def write(self, record: MetricsRecord) -> None:
-        found = {name: value for name, value in record.metrics.items() if value is not None}
-        self.records.append(found)
-        print(f"iteration {record.step}: {found[STEP]:.2f} s", file=self._terminal)
+        now = time.perf_counter()
+        self.seconds.append(now - self._before)
+        self._before = now
+        self.records.append({name: value for name, value in record.metrics.items() if value is not None})
+        print(f"iteration {record.step}: {self.seconds[-1]:.2f} s", file=self._terminal)
+
+    def by_part(self) -> Seconds:
+        return [
+            {part: record[name] for part, name in PARTS.items() if name in record} | {WHOLE: seconds}
+            for record, seconds in zip(self.records, self.seconds, strict=True)
+        ]
 
     def cut(self, stage: str, after_step: int) -> None:
         raise RuntimeError(f"a benchmark is never resumed, but {stage} was to be cut after {after_step}")
@@ -142,51 +155,50 @@ class Iterations:
         """Holds nothing."""
 
 
-async def measure(cfg: RunConfig, inputs: Inputs, prompts: Prompts, work: Path, shown: Iterations) -> Mapping[str, int]:
+async def measure(cfg: RunConfig, paths: PPOInputs, prompts: Prompts, work: Path, shown: Iterations) -> dict[str, int]:
     """Runs every iteration; returns the peak memory of each process in bytes."""
-    reward_model = Path(cfg.reward.path) if cfg.reward.path else None
-    paths = PPOInputs(inputs.base_path, inputs.base_path, reward_model)
     async with open_rooms(cfg, Attempt(cfg.name, 0, work / "logs"), paths) as opened:
-        await ppo.train(opened.rooms, PromptOrder(prompts, cfg.seed), cfg.ppo, log_of(work, shown))
+        log = log_of(work, shown, idle=opened.activity.idle)
+        await ppo.train(opened.rooms, PromptOrder(prompts, cfg.seed), cfg.ppo, log)
         driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {**await opened.peak_memory(), "driver": driver}
 
 
-def bare_loop(args: argparse.Namespace, cfg: RunConfig, policy: Path, sequences: Sequence[Sequence[int]]) -> float:
-    """Seconds of the bare loop on `sequences`, in a process born with the learner's own environment."""
+def sampled(work: Path, cfg: RunConfig) -> list[Rollouts]:
+    """What each iteration trained on. Raises RuntimeError where a response is not exact."""
+    log, exact = RolloutLog(work / "rollouts"), cfg.generation.max_response_tokens
+    found = [Rollouts(log.read(step)) for step in range(cfg.ppo.steps)]
+    if wrong := [len(ids) for rows in found for ids in rows.response_ids if len(ids) != exact]:
+        raise RuntimeError(f"responses of {wrong} tokens came back; every one must have exactly {exact}")
+    return found
+
+
+def of_kernels(cfg: RunConfig, paths: PPOInputs, batches: Sequence[Rollouts]) -> Seconds:
+    rooms = BareRooms(cfg, paths)
+    try:
+        members = [Members(batch.table.select(Members.schema().names)) for batch in batches]
+        return [with_sum(rooms.iteration(step, batch)) for step, batch in enumerate(members)]
+    finally:
+        rooms.end()
+
+
+def of_plain(args: argparse.Namespace, cfg: RunConfig, policy: Path, batches: Sequence[Rollouts]) -> Seconds:
+    """With the learner's threads, in processes born for it."""
     os.environ.update(environment(cfg.learner.resources))
-    how = resolve_dtype(cfg.model.dtype), resolve_attention(cfg.model.attention), cfg.learner.resources.threads
-    return float(in_own_process(bare_update_seconds, policy, *how, sequences, args.tokens, args.micro_batch))
+    ids = [(batch.prompt_ids, batch.response_ids) for batch in batches]
+    asked = [(batch.prompt_ids, batch.seed) for batch in batches]
+    dtype = resolve_dtype(cfg.model.dtype)
+    torch_parts = in_own_process(plain_seconds, policy, dtype, args.micro_batch, ids)
+    generate = in_own_process(plain_generation_seconds, *plain_vllm(cfg, policy), asked)
+    return [with_sum({"generate": seconds} | parts) for seconds, parts in zip(generate, torch_parts, strict=True)]
 
 
-def batch_of(work: Path, step: int, tokens: int) -> list[list[int]]:
-    """Prompt and response of every row that `step` trained on. Raises RuntimeError where a response is not exact."""
-    table = RolloutLog(work / "rollouts").read(step)
-    prompts, responses = table.column("prompt_ids").to_pylist(), table.column("response_ids").to_pylist()
-    if wrong := [len(response) for response in responses if len(response) != tokens]:
-        raise RuntimeError(f"responses of {wrong} tokens came back; every one must have exactly {tokens}")
-    return [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+def with_sum(parts: Mapping[str, float]) -> Mapping[str, float]:
+    return {**parts, WHOLE: sum(parts.values())}
 
 
-def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    middle = statistics.median(seconds)
-    return {"median": middle, "min": min(seconds), "max": max(seconds), "all": list(seconds)}
-
-
-def figures(records: Sequence[Mapping[str, float]], sequences: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
-    """Seconds by part over the measured iterations, and tokens/s of their medians."""
-    seconds = {part: spread([record[name] for record in records]) for part, name in PARTS.items()}
-    seconds["whole step"] = spread([record[STEP] for record in records])
-    generated, trained = len(sequences) * tokens, sum(map(len, sequences))
-    return {
-        "seconds": seconds,
-        "tokens_per_second": {
-            "generated / generate": generated / seconds["generate"]["median"],
-            "trained / learner update": trained / seconds["learner update"]["median"],
-            "generated / whole step": generated / seconds["whole step"]["median"],
-            "trained / whole step": trained / seconds["whole step"]["median"],
-        },
-    }
+def medians(seconds: Seconds) -> dict[str, float]:
+    return {part: statistics.median(one[part] for one in seconds) for part in seconds[0]}
 
 
 def why_dtype(cfg: RunConfig) -> str:
@@ -198,76 +210,97 @@ def why_dtype(cfg: RunConfig) -> str:
     return f"{name} (model.dtype=auto: this machine {native})"
 
 
-def show(result: Mapping[str, Any]) -> None:
-    console, table = Console(highlight=False), Table(title="seconds of one PPO iteration")
-    table.add_column("part")
-    for column in ("median", "min", "max"):
-        table.add_column(column, justify="right")
-    for part, seconds in result["seconds"].items():
-        style = "bold" if part == "whole step" else None
-        table.add_row(part, *(f"{seconds[column]:.2f}" for column in ("median", "min", "max")), style=style)
-    table.add_section()
-    for name, rate in result["tokens_per_second"].items():
-        table.add_row(f"tokens/s: {name}", f"{rate:.1f}", "", "")
-    table.add_section()
-    table.add_row("bare torch loop, same batch", f"{result['bare_loop_seconds']:.2f}", "", "")
-    table.add_row("ratio: learner update / bare loop", f"{result['learner_update_over_bare_loop']:.2f}", "", "")
-    table.add_section()
-    for process, peak in result["peak_memory_bytes"].items():
-        table.add_row(f"peak memory in GB: {process}", f"{peak / 1e9:.2f}", "", "")
-    console.print(table)
-    console.print(result["workload"], soft_wrap=True)
-    console.print(
-        "Parts overlap, so they need not add up to the step. Trained "
-        "tokens are those of prompts and responses. Peak memory counts shared pages in every process that maps them.",
-        soft_wrap=True,
-    )
-
-
 def workload(args: argparse.Namespace, cfg: RunConfig, prompt_tokens: int) -> str:
     threads = ", ".join(f"{role} {r.workers} x {r.threads}" for role, r in roles_at_once(cfg)[ppo.STAGE].items())
     return (
         f"{args.model}, {args.prompts} prompts of {prompt_tokens} tokens x {args.samples} responses of {args.tokens}, "
         f"micro-batch {args.micro_batch}, minibatch {cfg.ppo.minibatch_size}, {why_dtype(cfg)}; workers x threads: "
-        f"{threads}; reward model (a random head) and reference of the policy's size; {args.iterations} iterations "
-        f"after {args.warmup} to warm up"
+        f"{threads}; reward model (a random head) and reference of the policy's size; {args.blocks} x "
+        f"{args.iterations} iterations, after {args.warmup} to warm up each time"
     )
+
+
+def table(found: Mapping[str, Sequence[Seconds]], prompt_tokens: int, args: argparse.Namespace) -> list[list[str]]:
+    """Medians by part, then of the whole: its spread, ratios to the others and tokens a second."""
+    pooled = {name: [one for block in blocks for one in block] for name, blocks in found.items()}
+    middle = {name: medians(seconds) for name, seconds in pooled.items()}
+    lines = [
+        [part, *(f"{middle[name][part]:.2f}" if part in middle[name] else "" for name in found), ""]
+        for part in middle[SYSTEM]
+    ]
+    for title, pick in (("smallest", min), ("largest", max)):
+        lines.append([f"  {title}", *(f"{pick(one[WHOLE] for one in pooled[name]):.2f}" for name in found), ""])
+    over = {name: middle[SYSTEM][WHOLE] / middle[name][WHOLE] for name in (KERNELS, PLAIN)}
+    lines.append([f"{SYSTEM} over it", "", f"{over[KERNELS]:.3f}", f"{over[PLAIN]:.3f}", f"{KERNELS} <= {GOAL:.2f}"])
+    responses = args.prompts * args.samples
+    for title, tokens in (
+        ("generated tokens/s", responses * args.tokens),
+        ("trained tokens/s (with prompts)", responses * (args.tokens + prompt_tokens)),
+    ):
+        lines.append([title, *(f"{tokens / middle[name][WHOLE]:.1f}" for name in found), ""])
+    return lines
 
 
 def main() -> int:
     args = arguments()
     quiet_libraries()
     RESULTS.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[Seconds]] = {SYSTEM: [], KERNELS: [], PLAIN: []}
     with tempfile.TemporaryDirectory(prefix="work-", dir=RESULTS) as temporary:
         work = Path(temporary)
         with driver_log(work / "driver.log") as terminal:
-            print(f"{args.model}: making the reward model, then starting the workers", file=terminal)
-            cfg = configuration(args, work / "reward_model", 256 + args.tokens)
-            # The reward model is made of what is loaded here, so that it cannot be there yet.
-            inputs = load_inputs(dataclasses.replace(cfg, reward=RewardConfig([RewardPart("random")])))
-            prompts = of_one_length(inputs.prompts, args.prompts)
-            prompt_tokens = len(prompts.prompt_ids[0])
-            cfg = configuration(args, work / "reward_model", prompt_tokens + args.tokens)
-            in_own_process(make_reward_model, inputs.base_path, work / "reward_model", cfg)
-            shown = Iterations(terminal)
-            with ray_session(cfg.cluster, roles_at_once(cfg)):
-                memory = asyncio.run(measure(cfg, inputs, prompts, work, shown))
-            print("measuring the bare torch loop", file=terminal)
-            sequences = batch_of(work, cfg.ppo.steps - 1, args.tokens)
-            bare = bare_loop(args, cfg, inputs.base_path, sequences)
-    found = figures(shown.records[args.warmup :], sequences, args.tokens)
-    result = {
-        "workload": workload(args, cfg, prompt_tokens),
-        **found,
-        "bare_loop_seconds": bare,
-        "learner_update_over_bare_loop": found["seconds"]["learner update"]["median"] / bare,
-        "peak_memory_bytes": dict(memory),
-        "config": dataclasses.asdict(cfg),
-    }
-    path = write("throughput", result)
-    show(result)
+            inputs, prompts, cfg = prepare(args, work / "reward_model")
+            paths = PPOInputs(inputs.base_path, inputs.base_path, work / "reward_model")
+            for block in range(args.blocks):
+                print(f"block {block + 1}: {SYSTEM}", file=terminal)
+                own = work / f"block-{block}"
+                shown = Iterations(terminal)
+                with ray_session(cfg.cluster, roles_at_once(cfg)):
+                    memory = asyncio.run(measure(cfg, paths, prompts, own, shown))
+                batches = sampled(own, cfg)
+                print(f"block {block + 1}: {KERNELS}", file=terminal)
+                kernels = of_kernels(cfg, paths, batches)
+                print(f"block {block + 1}: {PLAIN}", file=terminal)
+                plain = of_plain(args, cfg, inputs.base_path, batches)
+                for name, seconds in ((SYSTEM, shown.by_part()), (KERNELS, kernels), (PLAIN, plain)):
+                    found[name].append(seconds[args.warmup :])
+    prompt_tokens = len(prompts.prompt_ids[0])
+    lines = table(found, prompt_tokens, args)
+    peaks = ", ".join(f"{process} {peak / 1e9:.2f}" for process, peak in memory.items())
+    show(
+        "seconds of one PPO iteration, medians",
+        ["", *found, "goal"],
+        lines,
+        [
+            workload(args, cfg, prompt_tokens),
+            f"Parts of {SYSTEM} overlap; those of the others are one after the other, and the whole is their sum.",
+            f"Peak memory of {SYSTEM} in GB, shared pages in each that maps them: {peaks}.",
+        ],
+    )
+    path = write(
+        "throughput",
+        {
+            "workload": workload(args, cfg, prompt_tokens),
+            "goal": GOAL,
+            "seconds": found,
+            "table": lines,
+            "peak_memory_bytes": memory,
+            "config": dataclasses.asdict(cfg),
+        },
+    )
     print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return 0
+
+
+def prepare(args: argparse.Namespace, reward_model: Path) -> tuple[Inputs, Prompts, RunConfig]:
+    """The model, prompts of one length and the configuration for it; makes the reward model."""
+    cfg = configuration(args, reward_model, 256 + args.tokens)
+    # The reward model is made of what is loaded here, so that it cannot be there yet.
+    inputs = load_inputs(dataclasses.replace(cfg, reward=RewardConfig([RewardPart("random")])))
+    prompts = of_one_length(inputs.prompts, args.prompts)
+    cfg = configuration(args, reward_model, len(prompts.prompt_ids[0]) + args.tokens)
+    in_own_process(make_reward_model, inputs.base_path, reward_model, cfg)
+    return inputs, prompts, cfg
 
 
 if __name__ == "__main__":

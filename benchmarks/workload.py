@@ -1,24 +1,32 @@
-"""What the benchmarks have in common: what they are asked for, the responses that they sample or train on, and a log of
-`ppo.train` that keeps nothing but what a benchmark looks at."""
+"""What the benchmarks have in common: what they are asked for, the responses that they sample or train on, the flags of
+an engine, and a log of `ppo.train` that keeps nothing but what a benchmark looks at."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rlhf_cluster import ppo
+from rlhf_cluster.config import RunConfig
+from rlhf_cluster.generation.worker import GenerationWorker
 from rlhf_cluster.loop.admission import Batch
-from rlhf_cluster.records import Members
+from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import MetricsLog, Sink
 from rlhf_cluster.telemetry.timer import Timeline, Timer
 
 IDS = 250  # prompts and responses are of these ids alone, which every model has
+FLAGS = (
+    *("model", "dtype", "max_model_len", "max_num_seqs", "enforce_eager", "enable_chunked_prefill"),
+    *("kv_cache_memory_bytes", "gpu_memory_utilization", "logprobs_mode", "generation_config"),
+)
 
 
 def arguments(description: str, **numbers: int) -> argparse.ArgumentParser:
@@ -48,7 +56,26 @@ def make_members(args: argparse.Namespace, step: int = 0) -> Members:
     )
 
 
-def log_of(directory: Path, sink: Sink, show: Callable[[int, Batch], None] = lambda step, batch: None) -> ppo.Log:
+def rollouts_of(members: Members, tokens: int, version: int = 0) -> Rollouts:
+    """A response of `tokens` tokens to each, all alike."""
+    count = len(members)
+    columns: dict[str, Sequence[Any]] = {
+        "response_ids": list(np.full((count, tokens), 7, np.int32)),
+        "rollout_logprobs": list(np.full((count, tokens), -1.0, np.float32)),
+        "weight_versions": list(np.full((count, tokens), version, np.int32)),
+        "finish_reason": ["length"] * count,
+        "temperature": [1.0] * count,
+        "incarnation": ["null"] * count,
+    }
+    return members.extend(Rollouts, columns)
+
+
+def log_of(
+    directory: Path,
+    sink: Sink,
+    show: Callable[[int, Batch], None] = lambda step, batch: None,
+    idle: Callable[[], Mapping[str, float]] = dict,
+) -> ppo.Log:
     """Rollouts and checkpoints go below `directory`, what is wrong to the terminal."""
 
     def warn(sentence: str) -> None:
@@ -61,4 +88,21 @@ def log_of(directory: Path, sink: Sink, show: Callable[[int, Batch], None] = lam
         Checkpoints(directory / "checkpoints"),
         show,
         warn,
+        idle=idle,
     )
+
+
+def make_worker(cfg: RunConfig, policy: Path) -> GenerationWorker:
+    return GenerationWorker(str(policy), cfg.generation, cfg.weights, cfg.model.context, cfg.model.dtype, "bench")
+
+
+def plain_vllm(cfg: RunConfig, policy: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The worker's own flags, but for those that concern weights that change, and how it samples."""
+    flags = dataclasses.asdict(make_worker(cfg, policy)._engine_args())
+    asked = cfg.generation
+    sampling = {
+        "temperature": asked.temperature,
+        "max_tokens": asked.max_response_tokens,
+        "ignore_eos": asked.ignore_eos,
+    }
+    return {name: flags[name] for name in FLAGS}, sampling
