@@ -6,8 +6,8 @@ missed.
     python benchmarks/learning/alignment_tax.py --text FILE [--seeds 0 1 2] [--coef 1.0] [--out DIR]
 
 FILE is plain text; the last fifth of its paragraphs is held out, the mix is of the others. Every run is
-`rlhf-cluster run`, as a person types it; what is finished is not run again. Leaves `alignment_tax.json` and
-`alignment_tax.png` beside this file, and prints the table.
+`rlhf-cluster run`, as a person types it; what is finished is not run again. Adds its seeds to `alignment_tax.json`
+beside this file, draws `alignment_tax.png` and prints the table of all that is there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rlhf_cluster.models.build import prepare_model
 from rlhf_cluster.results import result_policy
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "alignment_tax.json"
 WINDOW, TOKENS = 128, 16384  # of the held-out text
 FURTHER = arms.options(ppo__steps=25, ppo__kl__coef=0.0)
 PTX = arms.options(ppo__ptx__ratio=1, ppo__ptx__tokens=64)  # the paper has 8 examples an episode; on two cores one
@@ -43,23 +44,34 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     train, heldout = split(args.text, args.out)
-    found: dict[str, list[float]] = {}
+    found = read()
     outcomes: dict[str, list[arms.Outcome]] = {}
     for seed in args.seeds:
         runs = one_seed(args.out / f"seed-{seed}", seed, train, args.coef)
         for arm, run in runs.items():
             outcomes.setdefault(arm, []).append(arms.outcome(run))
         for stage, policy in policies(runs).items():
-            found.setdefault(stage, []).append(perplexity(policy, heldout))
-            print(f"seed {seed}, {stage}: perplexity {found[stage][-1]:.3f}", flush=True)
+            found.setdefault(stage, {})[seed] = perplexity(policy, heldout)
+            print(f"seed {seed}, {stage}: perplexity {found[stage][seed]:.3f}", flush=True)
+        write(found, args.coef)
     print(arms.table(outcomes))
     print("| policy | perplexity | by seed |\n|---|---|---|")
     for stage, values in found.items():
-        mean, error = arms.mean_and_error(values)
-        print(f"| {stage} | {mean:.3f} ± {error:.3f} | {', '.join(f'{value:.3f}' for value in values)} |")
-    everything = {"seeds": args.seeds, "coef": args.coef, "window": WINDOW, "tokens": TOKENS, "perplexity": found}
-    (HERE / "alignment_tax.json").write_text(json.dumps(everything, indent=1) + "\n")
+        mean, error = arms.mean_and_error(list(values.values()))
+        by_seed = ", ".join(f"{seed}: {value:.3f}" for seed, value in values.items())
+        print(f"| {stage} | {mean:.3f} ± {error:.3f} | {by_seed} |")
     draw(found, HERE / "alignment_tax.png")
+
+
+def read() -> dict[str, dict[int, float]]:
+    """Perplexities by policy and seed that earlier runs found."""
+    told = json.loads(RESULTS.read_text())["perplexity"] if RESULTS.is_file() else {}
+    return {stage: {int(seed): value for seed, value in values.items()} for stage, values in told.items()}
+
+
+def write(found: dict[str, dict[int, float]], coef: float) -> None:
+    sizes = {"coef": coef, "window": WINDOW, "tokens": TOKENS}
+    RESULTS.write_text(json.dumps({**sizes, "perplexity": found}, indent=1) + "\n")
 
 
 def split(text: Path, directory: Path) -> tuple[Path, str]:
@@ -111,13 +123,13 @@ def perplexity(policy: Path, text: str) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def draw(found: dict[str, list[float]], path: Path) -> None:
+def draw(found: dict[str, dict[int, float]], path: Path) -> None:
     """A bar for each policy's mean, a dot for each seed."""
     figure, axes = plt.subplots(figsize=(7.5, 3.8), constrained_layout=True)
-    axes.bar(list(found), [arms.mean_and_error(values)[0] for values in found.values()], color="0.8")
+    axes.bar(list(found), [arms.mean_and_error(list(values.values()))[0] for values in found.values()], color="0.8")
     for place, values in enumerate(found.values()):
-        axes.plot([place] * len(values), values, "k.")
-    axes.axhline(found["pretrained"][0], color="0.4", linestyle="--", linewidth=1)
+        axes.plot([place] * len(values), list(values.values()), "k.")
+    axes.axhline(next(iter(found["pretrained"].values())), color="0.4", linestyle="--", linewidth=1)
     axes.set(ylabel="perplexity, held-out text", title="What alignment costs elsewhere (lower is better)")
     figure.savefig(path, dpi=130)
 

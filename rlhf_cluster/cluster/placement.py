@@ -20,9 +20,9 @@ from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, Reference
 from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.generation_host import GenerationHost
 from rlhf_cluster.cluster.hosts import Host, reserved, set_apart, spawn
+from rlhf_cluster.cluster.learner_host import LearnerHost
 from rlhf_cluster.cluster.waits import Call, answer
 from rlhf_cluster.config import Resources, RunConfig, reward_budget_s
-from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.records import Pretraining
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import NoReference, Rooms
@@ -122,7 +122,7 @@ class Starter:
         await answer(group.ready(), Call("learner", "placement"), cfg.cluster.start_timeout_s)
         args = (cfg.learner, cfg.ppo, cfg.model, cfg.generation, cfg.seed)
         hosts = [
-            self._spawn(LearnerWorker, "learner", index, resources, args, group, index)
+            self._spawn(LearnerHost, "learner", index, resources, args, group, index)
             for index in range(resources.workers)
         ]
         endpoint = await self._ask(hosts[0], "endpoint")
@@ -220,6 +220,8 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
             starter.start_learner(inputs), starter.ready([*reward, *reference]), *starting
         )
         group = LearnerGroup(learner, channel, deadline)
+        if cfg.weights.transport != "shm":
+            await group.open_direct(generation, cfg.generation.tensor_parallel)
         rooms = Rooms(
             starter.generation_pool(generation, channel),
             RewardPool(reward, deadline),

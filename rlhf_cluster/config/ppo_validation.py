@@ -41,11 +41,32 @@ def validate_ppo(cfg: RunConfig) -> None:
         parallel == 1 or not gpus or parallel == gpus,
         f"generation.tensor_parallel={parallel} differs from generation.resources.num_gpus={gpus:g}; make them equal",
     )
+    _validate_transport(cfg)
     validate_reward(cfg)
     no_policy = (
         "sft" not in cfg.stages and not cfg.policy_path and cfg.model.source == "pretrained" and not cfg.model.path
     )
     require(not no_policy, "there is no policy to start from: set policy_path or model.path, or add sft to the stages")
+
+
+def _validate_transport(cfg: RunConfig) -> None:
+    transport, gpus = cfg.weights.transport, (cfg.learner.resources.num_gpus, cfg.generation.resources.num_gpus)
+    require(
+        transport == "shm" or not cfg.learner.lora.rank or cfg.learner.lora.publish == "merged",
+        f"weights.transport={transport} sends whole weights, but learner.lora.publish=adapter; use merged, or "
+        "weights.transport=shm",
+    )
+    told = f"learner.resources.num_gpus={gpus[0]:g} and generation.resources.num_gpus={gpus[1]:g}"
+    require(
+        transport != "nccl" or min(gpus) >= 1,
+        f"weights.transport=nccl is between GPUs of the learner's and of generation's own, but {told}; give each a "
+        "whole one, or use shm or gloo",
+    )
+    require(
+        transport != "ipc" or (min(gpus) > 0 and max(gpus) < 1),
+        f"weights.transport=ipc is for learner and generation on one GPU, but {told}; give each a share of it below 1, "
+        "or use nccl, shm or gloo",
+    )
 
 
 def _validate_advantage(cfg: RunConfig) -> None:

@@ -47,6 +47,8 @@ class EngineConfig:
     # bfloat16 there
     tokens_per_micro_batch: int = count(4096)  # memory limit per worker: padded tokens of one forward
     offload_optimizer: bool = False  # optimizer state in CPU memory (GPU runs)
+    activation_checkpointing: bool = False  # what layers computed is not kept for the backward pass but computed again:
+    # a third more to compute, and long rows fit
 
 
 @dataclass
@@ -59,7 +61,7 @@ class GenerationConfig:
     max_num_seqs: int = count(64)  # responses that one worker samples at once
     kv_cache_memory: int = at_least(1 << 20, default=1 << 30)  # bytes per worker
     enforce_eager: bool = True  # no graph capture or compilation: quick to start
-    tensor_parallel: int = count(1)  # GPUs per worker
+    tensor_parallel: int = count(1)  # processes of a worker that share each layer, one for each of its GPUs
     flush_ms: int = not_negative(50)  # what ended within this time leaves as one table
     resources: Resources = field(default_factory=Resources)
 
@@ -134,8 +136,9 @@ class LearnerConfig:
 class WeightsConfig:
     """How published weights reach the generation workers."""
 
-    transport: str = one_of("shm", default="shm")  # shared memory of the learner's node; workers on other nodes fetch
-    # from there
+    transport: str = one_of("shm", "gloo", "nccl", "ipc", default="shm")  # shm: a file in shared memory of the store's
+    # node, of which workers on other nodes fetch what changed | straight from the learner to all engines at once: gloo,
+    # between processes anywhere; nccl, between GPUs; ipc, where learner and engine share a GPU (by vLLM's own engines)
     keep: int = count(2)  # versions kept in the store
     running: str = one_of("keep", "finish", "abort", default="keep")  # responses under way when weights come: keep,
     # they go on with the new ones; finish, they end with the old ones first; abort, they begin again

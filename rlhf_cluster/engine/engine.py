@@ -19,6 +19,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from transformers import PreTrainedModel
 
 from rlhf_cluster.config import EngineConfig, OptimizerConfig
 from rlhf_cluster.engine.ranks import Ranks
@@ -70,6 +71,8 @@ class TrainEngine:
             fused=True,
         )
         settings = deepspeed_settings(engine, optimizer, dtype, ranks.world)
+        if engine.activation_checkpointing:
+            _recompute_layers(module)
         begun = _masters_beyond(dtype, module)
         _cast_parameters(module, dtype)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
@@ -277,6 +280,19 @@ class TrainEngine:
         size = parameter.ds_tensor.numel()
         padded = torch.nn.functional.pad(full.flatten(), (0, size * self.ranks.world - full.numel()))
         return padded.narrow(0, size * self.ranks.rank, size)
+
+
+def _recompute_layers(module: torch.nn.Module) -> None:
+    """In the backward pass, instead of keeping what they computed. transformers does so in training mode alone, in
+    which no dropout of its own is left on."""
+    for model in module.modules():
+        if isinstance(model, PreTrainedModel):
+            if not model.supports_gradient_checkpointing:
+                raise EngineError(
+                    f"{type(model).__name__} cannot recompute its layers; use activation_checkpointing=false"
+                )
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
 
 
 def _masters_beyond(dtype: torch.dtype, module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, get_args
@@ -12,7 +13,7 @@ from rlhf_cluster.config import GenerationConfig, WeightsConfig
 from rlhf_cluster.models.load import resolve_dtype
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.weights.adapter import unpack
-from rlhf_cluster.weights.plugin import BACKEND
+from rlhf_cluster.weights.plugin import BACKEND, DIRECT
 from rlhf_cluster.weights.probe import Probe
 from rlhf_cluster.weights.snapshot import Snapshot, check
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "policy"  # the name of the only one
 ABORTED = "abort"  # the end of a request that a pause cut off
-DIGESTS = "rlhf_cluster.weights.receiver.WeightDigests"
+INSPECTION = "rlhf_cluster.weights.receiver.Inspection"
 PAUSES: dict[str, PauseMode] = {"keep": "keep", "finish": "wait", "abort": "abort"}  # vLLM's word for `weights.running`
 
 
@@ -54,6 +55,7 @@ class GenerationWorker:
         self._adapter: LoRARequest | None = None
         self._paused: float | None = None  # since when nothing is sampled
         self._probes = itertools.count()
+        self._damaged = ""  # of what the learner sent last
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.config import WeightTransferConfig
@@ -76,7 +78,7 @@ class GenerationWorker:
             generation_config="vllm",  # no sampling defaults from the model's directory
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            worker_extension_cls=DIGESTS,
+            worker_extension_cls=INSPECTION,
             enable_lora=self._adapter_rank > 0,
             max_loras=1,
             max_lora_rank=next(rank for rank in get_args(MaxLoRARanks) if rank >= self._adapter_rank),
@@ -168,17 +170,45 @@ class GenerationWorker:
 
         Asking for the version that serves already changes nothing, unless it is to be loaded `again`.
         """
-        if again or not await self._holds(snapshot.version):
+        if again or not await self.holds(snapshot.version):
             await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
             await self._pause()
             await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
+
+    async def open_direct(self, transport: str, told: dict[str, Any]) -> None:
+        """Meets the learner, whose weights then come without the store."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        opening = {"direct": DIRECT[transport], "told": told}
+        await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=opening))
+
+    async def begin_direct(self) -> None:
+        await self._pause()
+        await self.engine.start_weight_update()
+
+    async def take_direct(self, told: dict[str, Any]) -> None:
+        """Loads what the learner sends meanwhile. What came damaged is named in the log, and the version is not held:
+        `receive` then loads it from the store."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info={"told": told}))
+        found = await self.engine.collective_rpc("damaged_weights")
+        self._damaged = next(filter(None, found), "")
+        if self._damaged:
+            logging.getLogger(__name__).warning("%s came damaged; it will be loaded from the store", self._damaged)
+            await self.engine.collective_rpc("give_up_update")
+
+    async def end_direct(self, version: int) -> None:
+        """The engine computes with `version`, and samples nothing until `resume`."""
+        if not self._damaged:
+            await self.engine.finish_weight_update(weight_version=str(version))
 
     async def digests(self) -> dict[str, str]:
         """Of what the engine computes with, by its rank and module."""
         found = await self.engine.collective_rpc("weight_digests")
         return {f"{rank}:{name}": digest for rank, of in enumerate(found) for name, digest in of.items()}
 
-    async def _holds(self, version: int) -> bool:
+    async def holds(self, version: int) -> bool:
         holds = await self.engine.get_weight_version() == str(version)
         return holds and (self._adapter is not None or not self._adapter_rank)
 

@@ -17,7 +17,7 @@ from rlhf_cluster.engine.schedule import learning_rate
 from rlhf_cluster.learner.experience import EvaluatedRow, evaluated_rows, make_experience
 from rlhf_cluster.learner.gradient import PolicyGradient
 from rlhf_cluster.learner.mix import PretrainingMix
-from rlhf_cluster.learner.models import ActorCritic
+from rlhf_cluster.learner.models import ActorCritic, Published
 from rlhf_cluster.learner.plan import BatchPlan, plan_batch
 from rlhf_cluster.learner.state import load_state, save_state
 from rlhf_cluster.learner.statistics import seconds_by_part
@@ -27,6 +27,7 @@ from rlhf_cluster.models.load import save_policy
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Controls, Pretraining, ScoredRollouts, UpdateStats
 from rlhf_cluster.weights.probe import Probe
+from rlhf_cluster.weights.sender import Engines, Rendezvous, Sender
 from rlhf_cluster.weights.snapshot import Slot, Snapshot, stream_snapshot
 
 PROBE_TOKENS = 64  # prompt and response: long enough to tell policies apart, and quickly computed
@@ -219,6 +220,15 @@ class LearnerWorker:
             return None
         columns = (rows[0].prompt_ids, rows[0].response_ids, said.logprobs[0])
         return Probe(*(tuple(column.tolist()) for column in columns))
+
+    def send_by(self, at: Rendezvous, client: Engines) -> None:
+        """From now on there is a `sender` of the policy's weights. A collective."""
+
+        def published() -> Published:
+            return self._models.published(averaged=False)
+
+        shapes, dtype = published().shapes, self._models.policy.dtype
+        self.sender = Sender(at, client, shapes, dtype, lambda: published().tensors)
 
     def publish_average(self, version: int, directory: str) -> Snapshot | None:
         """As `publish`, of the policy's average, by a `version` that no policy has. A collective."""

@@ -1,5 +1,5 @@
-"""Loaded by vLLM in each of its processes, through the entry point `vllm.general_plugins`: makes our backend known, and
-ties an engine's process to the worker that started it."""
+"""Loaded by vLLM in each of its processes, through the entry point `vllm.general_plugins`: makes our backends known,
+and ties an engine's process to the worker that started it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import os
 import signal
 import threading
 
-BACKEND = "rlhf_cluster_shm"
+BACKEND = "rlhf_cluster"  # of every engine
+DIRECT = {"gloo": "rlhf_cluster_gloo", "nccl": "nccl", "ipc": "ipc"}  # `weights.transport` -> the engine that ours asks
 
 
 def register() -> None:
     """May be called several times in one process; the first call counts."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "rlhf_cluster.weights.receiver", "SharedMemoryReceiver")
+        WeightTransferEngineFactory.register_engine(BACKEND, "rlhf_cluster.weights.receiver", "Receiver")
+        WeightTransferEngineFactory.register_engine(DIRECT["gloo"], "rlhf_cluster.weights.gloo", "GlooReceiver")
+        WeightTransferTrainerFactory.register_engine(DIRECT["gloo"], "rlhf_cluster.weights.gloo", "GlooSender")
         end_with_parent()
 
 

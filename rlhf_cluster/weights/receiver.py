@@ -1,4 +1,5 @@
-"""vLLM's side of the transfer: reads a snapshot from shared memory into the live model, layer by layer.
+"""vLLM's side of the transfer: reads a snapshot from shared memory into the live model, layer by layer, or tensors that
+the learner sends.
 
 The CPU build of vLLM repacks linear weights and frees the originals, so loading in place is impossible there; the
 layerwise reload of vLLM rebuilds each layer from checkpoint-format tensors and is the documented path on GPUs as well.
@@ -7,52 +8,73 @@ layerwise reload of vLLM rebuilds each layer from checkpoint-format tensors and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import xxhash
 from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 
 @dataclass
-class NoInitInfo(WeightTransferInitInfo):
-    """Shared memory needs no rendezvous."""
+class Opening(WeightTransferInitInfo):
+    """Shared memory needs none. `direct`: the engine of vLLM's that tensors come by, and what it is told."""
+
+    direct: str = ""
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class SnapshotInfo(WeightTransferUpdateInfo):
-    """Of a `Snapshot`, what vLLM carries."""
+class Update(WeightTransferUpdateInfo):
+    """A snapshot's file, or what the direct engine is told of the tensors that come."""
 
-    path: str
+    path: str = ""
+    told: dict[str, Any] = field(default_factory=dict)
 
 
-class SharedMemoryReceiver(WeightTransferEngine[NoInitInfo, SnapshotInfo]):
-    """Loads what it is given: whoever starts an update has checked the digests, while the old weights still serve."""
+class Receiver(WeightTransferEngine[Opening, Update]):
+    """Loads what it is given: whoever starts an update from a file has checked the digests, while the old weights still
+    serve."""
 
-    init_info_cls = NoInitInfo
-    update_info_cls = SnapshotInfo
+    init_info_cls = Opening
+    update_info_cls = Update
+    _direct: WeightTransferEngine[Any, Any] | None = None
 
-    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
-        """Nothing to set up."""
+    def init_transfer_engine(self, init_info: Opening) -> None:
+        if init_info.direct:
+            config = replace(self.config, backend=init_info.direct)
+            given = (config, self.vllm_config, self.device, self.model)
+            self._direct = WeightTransferEngineFactory.create_engine(*given)
+            self._direct.init_transfer_engine(self._direct.parse_init_info(init_info.told))
 
     def start_weight_update(self) -> None:
         with torch.device(self.device):
             initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: SnapshotInfo) -> None:
-        with safe_open(update_info.path, "pt") as file:
-            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())
+    def receive_weights(self, update_info: Update) -> None:
+        if update_info.path:
+            with safe_open(update_info.path, "pt") as file:
+                self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())
+        else:
+            assert self._direct is not None
+            self._direct.receive_weights(self._direct.parse_update_info(update_info.told))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_heads(self.model)
 
+    @property
+    def damaged(self) -> str:
+        """What came damaged, where the direct engine looks."""
+        return getattr(self._direct, "damaged", "")
+
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        if self._direct is not None:
+            self._direct.shutdown()
 
 
 def _repack_tied_heads(model: torch.nn.Module) -> None:
@@ -66,10 +88,20 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-class WeightDigests:
-    """Mixed into vLLM's worker: what it computes with, so that workers can be compared."""
+class Inspection:
+    """Mixed into vLLM's worker: what it computes with, so that workers can be compared, and what came damaged."""
 
     model_runner: Any
+    weight_transfer_engine: Receiver
+    _weight_update_active: bool
+
+    def damaged_weights(self) -> str:
+        return self.weight_transfer_engine.damaged
+
+    def give_up_update(self) -> None:
+        """As vLLM does after an update that raised: the next one begins anew."""
+        self._weight_update_active = False
+        self.weight_transfer_engine.reset_weight_update_target()
 
     def weight_digests(self) -> dict[str, str]:
         """By module, xxh3-64 of all that it computes with. Two engines of one build and one split have the same ones

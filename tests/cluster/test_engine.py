@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_cluster.config import EngineConfig, OptimizerConfig
 from rlhf_cluster.engine.average import WeightAverage
@@ -125,6 +126,38 @@ def scaled(stage: int, dtype: str, ranks: Ranks) -> dict[str, float]:
     }
 
 
+def language_model() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+
+
+def recomputed(stage: int, dtype: str, ranks: Ranks) -> dict[str, Any]:
+    """Two steps with layers that are computed again, beside two with what they computed kept: calls of a layer's MLP,
+    norms and masters."""
+    found = []
+    ids = torch.arange(24).view(2, 12) + ranks.rank
+    for again in (False, True):
+        cfg = EngineConfig(zero_stage=stage, activation_checkpointing=again)
+        model, calls = language_model(), []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        engine = TrainEngine(model, cfg, OPTIMIZER, getattr(torch, dtype), ranks)
+        norms = []
+        for _ in range(2):
+            for row in ids:
+                logits = engine(input_ids=row[None], use_cache=False).logits[0].float()
+                engine.backward(torch.nn.functional.cross_entropy(logits[:-1], row[1:]) / 2 / ranks.world)
+            norms.append(engine.step(LR))
+        found.append((len(calls), norms, masters(engine)))
+    (kept_calls, kept_norms, kept), (calls_again, norms_again, masters_again) = found
+    return {
+        "calls": [kept_calls, calls_again],
+        "recomputed_norm_error": max(abs(a - b) / b for a, b in zip(norms_again, kept_norms, strict=True)),
+        "recomputed_distance": distance(masters_again, kept),
+    }
+
+
 def one_case(stage: int, dtype: str, ranks: Ranks, state: Path) -> dict[str, Any]:
     reference, expected_norms = plain_adamw()
     engine = start(stage, dtype, ranks)
@@ -178,7 +211,7 @@ def one_rank_of(rank: int, world: int, port: int, directory: str) -> None:
     for stage in STAGES:
         for dtype in DTYPES:
             place = Path(directory, f"{world}-{stage}-{dtype}")
-            case = one_case(stage, dtype, ranks, place) | scaled(stage, dtype, ranks)
+            case = one_case(stage, dtype, ranks, place) | scaled(stage, dtype, ranks) | recomputed(stage, dtype, ranks)
             found[f"{stage} {dtype}"] = case | averaged(stage, dtype, ranks, place / "average")
     for stage in STAGES:
         engine = start(stage, "float32", ranks)
@@ -262,6 +295,16 @@ def test_a_step_may_be_on_the_gradient_times_a_number(
 def test_a_gradient_that_is_forgotten_leaves_nothing(found: dict[int, Any], world: int, stage: int, dtype: str) -> None:
     case = found[world][f"{stage} {dtype}"]
     assert (case["moved_by_forgetting"], case["steps_by_forgetting"]) == (0.0, 0)
+
+
+@pytest.mark.parametrize(("world", "stage", "dtype"), CASES)
+def test_layers_that_are_computed_again_give_the_same_steps(
+    found: dict[int, Any], world: int, stage: int, dtype: str
+) -> None:
+    """Two steps of two micro-batches: a layer runs four times, or twice as often."""
+    case = found[world][f"{stage} {dtype}"]
+    assert case["calls"] == [4, 8]
+    assert (case["recomputed_norm_error"], case["recomputed_distance"]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("world", "stage", "dtype"), CASES)

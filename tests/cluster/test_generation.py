@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Coroutine, Iterable
@@ -28,8 +29,10 @@ from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import load_policy
 from rlhf_cluster.models.lora import Adapters
 from rlhf_cluster.records import Members, Rollouts
+from rlhf_cluster.weights import gloo
 from rlhf_cluster.weights.adapter import HEADER
 from rlhf_cluster.weights.probe import Probe
+from rlhf_cluster.weights.sender import Rendezvous, Sender
 from rlhf_cluster.weights.snapshot import Snapshot, SnapshotError, write_snapshot
 
 EOS, DEADLINE_S = 258, 60
@@ -59,6 +62,7 @@ class Bench:
 
     worker: Any
     versions: dict[int, Version]
+    processes: int  # of the engine
     tolerance: float  # of a logprob
     store: Path
 
@@ -77,7 +81,7 @@ class Bench:
         return await laws.collected(self, members)
 
     async def with_config(self, members: Members, **changed: Any) -> Rollouts:
-        kept, self.worker._cfg = self.worker._cfg, replace(CONFIG, **changed)
+        kept, self.worker._cfg = self.worker._cfg, replace(self.worker._cfg, **changed)
         try:
             return await self.sampled(members)
         finally:
@@ -259,7 +263,7 @@ async def engines_with_the_same_weights_have_the_same_digests(bench: Bench) -> N
     assert first == again
     changed = {name for name in first if first[name] != other[name]}
     projections = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    assert sum(name.endswith(projections) for name in changed) == 2 * len(projections)
+    assert sum(name.endswith(projections) for name in changed) == 2 * len(projections) * bench.processes
     if not worker._adapter_rank:
         assert {"0:model.embed_tokens", "0:lm_head", "0:model.norm"} <= changed
     assert first.keys() - changed  # what does not learn is the same
@@ -273,6 +277,65 @@ async def a_probe_says_whether_it_is_the_learners_policy(bench: Bench) -> None:
         probe = Probe(tuple(found.prompt_ids[0].tolist()), tuple(found.response_ids[0].tolist()), tuple(told))
         assert low <= await bench.worker.probe(probe) < high
         assert low <= await bench.worker.probe(probe) < high  # what is cached hides nothing
+
+
+@dataclass
+class OneEngine:
+    """The worker as vLLM's trainer engines ask it, from a thread of their own."""
+
+    worker: Any
+    version: int
+    loop: asyncio.AbstractEventLoop
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._ask(self.worker.open_direct("gloo", init_info))
+
+    def start_weight_update(self) -> None:
+        self._ask(self.worker.begin_direct())
+
+    def update_weights(self, update_info: Any) -> None:
+        self._ask(self.worker.take_direct(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._ask(self.worker.end_direct(self.version))
+
+    def _ask(self, answer: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(answer, self.loop).result(DEADLINE_S)
+
+
+def send(bench: Bench, version: int, loop: asyncio.AbstractEventLoop) -> None:
+    """Over gloo, as the learner does; the engine waits for `resume` then."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tensors = bench.versions[version].tensors
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    at = Rendezvous("gloo", 0, "127.0.0.1", port, bench.processes, DEADLINE_S)
+    Sender(at, OneEngine(bench.worker, version, loop), shapes, torch.float32, tensors.items).send()
+
+
+async def weights_may_come_straight_from_the_learner(bench: Bench) -> None:
+    if bench.worker._adapter_rank:
+        return  # whole weights come that way, no adapters
+    await bench.receive(1)
+    await asyncio.to_thread(send, bench, 2, asyncio.get_running_loop())
+    assert await bench.worker.holds(2)
+    assert await bench.worker.resume() > 0
+    found = await bench.sampled(laws.members(8))
+    assert largest(found.rollout_logprobs, bench.logprobs(2, found)) < bench.tolerance
+    assert {int(v) for row in found.weight_versions for v in row} == {2}
+
+
+async def what_comes_damaged_is_not_held_and_then_loaded_from_the_store(bench: Bench) -> None:
+    if bench.worker._adapter_rank:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gloo, "digest", lambda flat: torch.zeros(gloo.DIGEST, dtype=torch.uint8))  # as the sender sees it
+        await asyncio.to_thread(send, bench, 3, asyncio.get_running_loop())
+    assert not await bench.worker.holds(3)
+    await bench.receive(3)
+    found = await bench.sampled(laws.members(8))
+    assert largest(found.rollout_logprobs, bench.logprobs(3, found)) < bench.tolerance
 
 
 CHECKS = (
@@ -292,17 +355,24 @@ CHECKS = (
     marks_tokens_with_the_version_received,
     engines_with_the_same_weights_have_the_same_digests,
     a_probe_says_whether_it_is_the_learners_policy,
+    weights_may_come_straight_from_the_learner,
+    what_comes_damaged_is_not_held_and_then_loaded_from_the_store,
 )
+
+
+# What is published, how far a logprob may be off, and over how many processes each layer is split.
+KINDS = {"weights": (0, full, 1e-5, 1), "adapters": (LORA.rank, adapted, 1e-4, 1), "split": (0, full, 1e-5, 2)}
 
 
 async def run_checks(tiny: Path, directory: Path, kind: str) -> dict[str, str]:
     from rlhf_cluster.generation.worker import GenerationWorker
 
-    rank, publish, tolerance = {"weights": (0, full, 1e-5), "adapters": (LORA.rank, adapted, 1e-4)}[kind]
+    rank, publish, tolerance, processes = KINDS[kind]
     versions = {version: publish(tiny, version) for version in range(4)}
-    worker = GenerationWorker(str(tiny), CONFIG, WeightsConfig(), 320, "float32", "generation-0-1", rank)
+    cfg = replace(CONFIG, tensor_parallel=processes)
+    worker = GenerationWorker(str(tiny), cfg, WeightsConfig(), 320, "float32", "generation-0-1", rank)
     assert await worker.start(0) == "generation-0-1"
-    bench, found = Bench(worker, versions, tolerance, directory / "store"), {}
+    bench, found = Bench(worker, versions, processes, tolerance, directory / "store"), {}
     try:
         await bench.receive(0)  # of full weights it is what serves already
         for check in CHECKS:
@@ -329,7 +399,7 @@ def in_child(_: int, tiny: str, directory: str, kind: str) -> None:
     Path(directory, "found.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module", params=["weights", "adapters"])
+@pytest.fixture(scope="module", params=KINDS)
 def found(tiny: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
     """By check, the traceback of its failure, or nothing."""
     directory = tmp_path_factory.mktemp("generation")

@@ -68,25 +68,28 @@ class Scene:
 
     @asynccontextmanager
     async def gang(
-        self, stage: int, ranks: int, lora: LoRAConfig = NO_ADAPTERS
+        self, stage: int, ranks: int, lora: LoRAConfig = NO_ADAPTERS, transport: str = "shm"
     ) -> AsyncIterator[tuple[Rooms, LearnerGroup]]:
         """The rooms with another gang in the learner's place, and a weight store of its own."""
-        cfg, name = with_gang(self.cfg, stage, ranks, lora), f"zero-{stage}-ranks-{ranks}-lora-{lora.rank}"
+        cfg, name = with_gang(self.cfg, stage, ranks, lora), f"zero-{stage}-ranks-{ranks}-lora-{lora.rank}-{transport}"
+        cfg = dataclasses.replace(cfg, weights=dataclasses.replace(cfg.weights, transport=transport))
         starter = Starter(cfg, Attempt(f"test-{name}", 1, self.logs / name))
         try:
             hosts, channel = await starter.start_learner(self.paths)
             learner = LearnerGroup(hosts, channel, cfg.cluster.call_timeout_s)
             samplers = [host for host in self.opened.hosts if host.name.startswith("generation")]
             generation = GenerationPool(samplers, channel, cfg.cluster.call_timeout_s)
+            if transport != "shm":
+                await learner.open_direct(samplers, 1)
             yield dataclasses.replace(self.opened.rooms, generation=generation, learner=learner), learner
         finally:
             await starter.end()
 
     async def train_from_the_start(
-        self, directory: Path, stage: int, ranks: int, lora: LoRAConfig = NO_ADAPTERS
+        self, directory: Path, stage: int, ranks: int, lora: LoRAConfig = NO_ADAPTERS, transport: str = "shm"
     ) -> Trained:
         """With a gang of its own; generation goes back to the first policy by receiving version 0 again."""
-        async with self.gang(stage, ranks, lora) as (rooms, learner):
+        async with self.gang(stage, ranks, lora, transport) as (rooms, learner):
             await learner.publish(0)
             await rooms.generation.receive(0)
             return await self.train(rooms, directory)
@@ -223,6 +226,18 @@ def test_zero_stages_and_numbers_of_ranks_agree(trained: Mapping[Any, Trained], 
         mine, theirs = trained[gang].metrics[step], first.metrics[step]
         assert {name: mine[name] for name in STORY} == SAME({name: theirs[name] for name in STORY}, rel=1e-4, abs=1e-4)
     assert distance(trained[gang], first) < 1e-4
+
+
+def test_weights_that_ranks_send_to_the_engines_themselves_are_the_same(
+    scene: Scene, trained: Mapping[Any, Trained], runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    """Over gloo, from two ranks at stage 3 to two workers, who have no need of the store then."""
+    sent = runner.run(scene.train_from_the_start(tmp_path, 3, 2, transport="gloo"))
+    assert distance(sent, trained[(3, 2)]) < 1e-4
+    for step, metrics in sent.metrics.items():
+        assert metrics["rollout/logprob_diff_max"] < 1e-4
+        assert metrics.get("sync/bytes", 0) == 0
+        assert set(np.concatenate(sent.rollouts[step].weight_versions).tolist()) == {step}
 
 
 def test_adapters_are_the_same_on_one_rank_and_on_two(

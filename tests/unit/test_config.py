@@ -317,6 +317,30 @@ def test_an_advantage_is_one_value(advantage: str) -> None:
     assert (rewarded.kind, rewarded.coef, rewarded.loss_coef) == ("fixed", 0.02, 0)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            [],
+            r"weights\.transport=nccl is between GPUs .*learner\.\S+num_gpus=0 and generation\.\S+=0; give each",
+        ),
+        (["learner.resources.num_gpus=1", "generation.resources.num_gpus=0.5"], r"=1 and generation\.\S+=0\.5; give"),
+        (["weights=ipc"], r"weights\.transport=ipc is for learner and generation on one GPU, .* a share of it below 1"),
+        (["weights=ipc", "learner.resources.num_gpus=1", "generation.resources.num_gpus=1"], r"a share of it below 1"),
+        (["learner.lora.rank=8", "learner.lora.publish=adapter"], r"nccl sends whole weights, but learner\.lora\.publ"),
+    ],
+)
+def test_a_transport_without_what_it_goes_over_is_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load(["weights=nccl", "policy_path=x", "reward=random", *overrides], "ppo")
+
+
+@pytest.mark.parametrize(("transport", "gpus"), [("shm", 0), ("gloo", 0), ("nccl", 1), ("ipc", 0.4)])
+def test_a_transport_that_has_its_gpus_is_taken(transport: str, gpus: float) -> None:
+    each = [f"{role}.resources.num_gpus={gpus}" for role in ("learner", "generation")]
+    assert load([f"weights={transport}", "policy_path=x", "reward=random", *each], "ppo").weights.transport == transport
+
+
 def test_what_a_critic_or_a_group_is_needed_for_is_refused_without() -> None:
     with pytest.raises(ConfigError, match=r"ppo\.samples_per_prompt=1, but ppo\.advantage\.kind=grpo compares"):
         load(["advantage=grpo", "ppo.samples_per_prompt=1"])
