@@ -198,8 +198,8 @@ class PPOConfig:
     # responses x max_response_tokens (Dr. GRPO)
     ratio: str = one_of("token", "response", default="token")  # of probabilities, of each token or (GSPO) of each
     # response
-    share_prompts: bool = True  # where gradients are computed as groups arrive, responses to one prompt stand behind
-    # it in one row of up to model.context tokens, so that it is computed once; equal up to rounding
+    share_prompts: bool = True  # in the learner responses to one prompt stand behind it in one row of up to
+    # model.context tokens, so that it is computed once; equal up to rounding
     clip: float = positive(0.2)  # ratio clip
     clip_high: float = not_negative(0.0)  # upper ratio clip, where it differs (DAPO: 0.28); 0: as `clip`
     dual_clip: float = 0.0  # bound of the ratio where the advantage is negative (Ye et al. 2020: 3); 0: none

@@ -127,6 +127,10 @@ class LearnerConfig:
 
     policy: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
+    packing: bool = (
+        False  # rows of up to engine.tokens_per_micro_batch tokens of as many sequences as they hold, so that
+    )
+    # hardly anything is padding; without, rows of about a length are padded to the longest
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(zero_stage=2))
     resources: Resources = field(default_factory=Resources)

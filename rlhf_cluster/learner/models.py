@@ -18,7 +18,7 @@ from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.learner.critic import Critic, NoCritic
 from rlhf_cluster.learner.experience import Evaluation
 from rlhf_cluster.learner.step import Step, guarded_step
-from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, share, singles
+from rlhf_cluster.models.batching import PackedBatch, filled_up, in_order, micro_batches, pack, share, singles
 from rlhf_cluster.models.forward import PolicyModule, attends_to_all
 from rlhf_cluster.models.load import compute_device, load_policy, resolve_attention, resolve_dtype
 from rlhf_cluster.models.lora import Adapters
@@ -45,7 +45,7 @@ class ActorCritic:
     The critic starts as the reward model (InstructGPT section 3.5); without one, as the policy's body under a head of
     zeros.
     `entropy_gradient`: the entropies of the policy's forward are to be trained on. `critic`: advantages need one.
-    `ema_decay`: of the policy's average; 0: none is kept.
+    `ema_decay`: of the policy's average; 0: none is kept. `share_prompts`: responses to one prompt stand in one row.
     """
 
     def __init__(
@@ -58,17 +58,20 @@ class ActorCritic:
         entropy_gradient: bool = False,
         critic: bool = True,
         ema_decay: float = 0.0,
+        share_prompts: bool = False,
     ) -> None:
         dtype, attention = resolve_dtype(model.dtype), resolve_attention(model.attention)
         self.ranks = ranks
         self.device = compute_device()
+        self._packing = cfg.packing
         self.tokens_per_micro_batch = cfg.engine.tokens_per_micro_batch
+        self._context = model.context
         logprobs = partial(logprobs_from_logits, entropy_gradient=entropy_gradient)
         language_model = load_policy(policy_path, None, attention)
         self._adapters = Adapters(language_model, cfg.lora)
         policy = PolicyModule(language_model, logprobs)
         self.policy_config = language_model.config
-        self._attends_to_all = attends_to_all(language_model)
+        self._shares = share_prompts and attends_to_all(language_model)
         self.policy = TrainEngine(policy, cfg.engine, cfg.policy, dtype, ranks)
         self.average = WeightAverage(self.policy, ema_decay) if ema_decay else None
         self.critic: Critic | NoCritic = NoCritic()
@@ -124,13 +127,18 @@ class ActorCritic:
         return {"policy": self.policy, **self.critic.engines}
 
     def micro_batches(
-        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], context: int = 0
+        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], text: bool = False
     ) -> list[PackedBatch]:
-        """This rank's micro-batches, filled up with dummies to the number of the busiest rank. `context`: responses to
-        one prompt share it, in rows of so many tokens; 0: they do not. A collective."""
-        shared = context > 0 and self._attends_to_all
-        width = min(context, self.tokens_per_micro_batch)
-        rows = share(prompts, responses, width) if shared else singles(len(prompts))
+        """This rank's micro-batches, filled up with dummies to the number of the busiest rank. `text`: there are no
+        prompts that could be shared. A collective."""
+        shared = self._shares and not text and len({prompt.tobytes() for prompt in prompts}) < len(prompts)
+        if shared:
+            rows = share(prompts, responses, min(self._context, self.tokens_per_micro_batch))
+        elif self._packing:
+            lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+            rows = pack(lengths, max([self.tokens_per_micro_batch, *lengths]))
+        else:
+            rows = singles(len(prompts))
         own = micro_batches(prompts, responses, rows, self.tokens_per_micro_batch, shared)
         return [batch.to(self.device) for batch in filled_up(own, int(self.ranks.max(len(own))))]
 

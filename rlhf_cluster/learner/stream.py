@@ -19,11 +19,10 @@ from rlhf_cluster.records import Controls, ScoredRollouts
 
 
 class GradientStream:
-    """`context`: tokens of a row in which responses share a prompt; 0: they do not."""
+    """Of all batches of a run."""
 
-    def __init__(self, models: ActorCritic, cfg: PPOConfig, generation: GenerationConfig, context: int) -> None:
+    def __init__(self, models: ActorCritic, cfg: PPOConfig, generation: GenerationConfig) -> None:
         self._models, self._cfg, self._generation = models, cfg, generation
-        self._context = context if cfg.share_prompts else 0
 
     def is_enough(self, tokens: int) -> bool:
         """Whether they fill a micro-batch on some rank: each takes a pass over all of the gradient. A collective."""
@@ -35,7 +34,7 @@ class GradientStream:
         members = evaluated_rows(rows, unknown)
         controls, longest = Controls(0.0), self._generation.max_response_tokens
         experience = make_experience(members, self._cfg, controls, self._models.ranks, longest)
-        batches = self._models.micro_batches(rows.prompt_ids, rows.response_ids, self._context)
+        batches = self._models.micro_batches(rows.prompt_ids, rows.response_ids)
         computed = []
         for batch in batches:
             terms = gradient.terms(batch, experience, range(len(rows)), moved=False)

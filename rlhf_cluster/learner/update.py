@@ -110,7 +110,7 @@ class Updater:
         start = time.perf_counter()
         firsts, rests = [block[:1] for block in blocks], [block[1:] for block in blocks]
         tokens = float(self._models.ranks.sum(torch.tensor(sum(map(len, rests)), dtype=torch.float64)))
-        for batch in self._models.micro_batches(firsts, rests):
+        for batch in self._models.micro_batches(firsts, rests, text=True):
             logprobs, _ = self._models.policy(*batch.policy_arguments(), 1.0)
             mask = self._models.token_mask(batch)
             loss = sft_loss(logprobs, mask)

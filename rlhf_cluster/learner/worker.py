@@ -97,9 +97,10 @@ class LearnerWorker:
             self._ppo.entropy_coef > 0,
             self._ppo.advantage.needs_critic,
             self._ppo.ema_decay,
+            self._ppo.share_prompts,
         )
-        streams, context = self._ppo.streams_gradients, self._model.context
-        self._stream = GradientStream(self._models, self._ppo, self._generation, context) if streams else None
+        streams = self._ppo.streams_gradients
+        self._stream = GradientStream(self._models, self._ppo, self._generation) if streams else None
         ptx, size = self._ppo.ptx, self._ppo.minibatch_size
         self._mix = PretrainingMix(pretraining, ptx.ratio, size, self._seed) if ptx.coef else None
 

@@ -110,12 +110,13 @@ def start(tiny: Path, reward_model: Path, one_rank: Ranks, free_port: int) -> St
         text: Pretraining = NO_TEXT,
         lora: LoRAConfig = NO_ADAPTERS,
         stage: int = 0,
+        packing: bool = False,
         critic: Path = reward_model,
         **changed: Any,
     ) -> LearnerWorker:
         rate = OptimizerConfig(lr=1e-3, max_grad_norm=0.0)
         engine = EngineConfig(zero_stage=stage, tokens_per_micro_batch=tokens_per_micro_batch)
-        cfg = LearnerConfig(rate, rate, lora, engine)
+        cfg = LearnerConfig(rate, rate, packing, lora, engine)
         ppo = PPOConfig(batch_size=COUNT, minibatch_size=minibatch_size, **changed)
         worker = LearnerWorker(cfg, ppo, MODEL, GenerationConfig(temperature=0.7, max_response_tokens=LONGEST), seed=5)
         worker.start(0, 1, ("127.0.0.1", free_port), 60, tiny, critic, text)

@@ -186,6 +186,27 @@ def test_the_size_of_micro_batches_changes_nothing(start: Start, limit: int) -> 
     assert distance(one, start()) > 1e-4  # they did learn
 
 
+@pytest.mark.parametrize("limit", [1, 40, 64, 1 << 20])
+def test_packed_rows_change_nothing(start: Start, limit: int) -> None:
+    """A row holds as many sequences as there is room for, each apart from the others."""
+    one, other = start(64), start(limit, packing=True)
+    for worker in (one, other):
+        give(worker, rows())
+    expected, found = (numbers(worker.update(0, Controls(0.02)).metrics) for worker in (one, other))
+    assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
+    assert distance(one, other) < 1e-5
+
+
+def test_packed_rows_hold_no_padding_to_speak_of(start: Start) -> None:
+    def padded(worker: LearnerWorker) -> int:
+        batches = worker._models.micro_batches(rows().prompt_ids, rows().response_ids)
+        return sum(batch.padded_tokens for batch in batches)
+
+    tokens = sum(map(len, [*rows().prompt_ids, *rows().response_ids]))
+    assert padded(start(1 << 20, packing=True)) == tokens < padded(start(1 << 20))
+    assert padded(start(64, packing=True)) < 1.3 * tokens
+
+
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_order_of_arrival_changes_nothing(start: Start, chunk: int) -> None:
     one, other = start(), start()

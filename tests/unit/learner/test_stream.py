@@ -223,3 +223,19 @@ def test_a_response_is_computed_as_if_it_stood_alone(start: Start) -> None:
     alone = worker._models.evaluate(batch.prompt_ids, batch.response_ids, 0.7).logprobs
     for one in said:
         assert one == pytest.approx(np.concatenate(alone), abs=2e-5)
+
+
+def test_with_a_critic_a_prompt_is_computed_once_too(start: Start) -> None:
+    """Policy and critic, evaluation and gradients: the same update, of fewer tokens."""
+    one, other = (start(1 << 12, share_prompts=shares) for shares in (True, False))
+    batch = groups()
+    for worker in (one, other):
+        give(worker, batch)
+    mine, theirs = (numbers(worker.update(0, Controls(0.02)).metrics) for worker in (one, other))
+    assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-4)
+    assert distance(one, other) < ROUNDING
+    shared, apart = (
+        sum(one.padded_tokens for one in worker._models.micro_batches(batch.prompt_ids, batch.response_ids))
+        for worker in (one, other)
+    )
+    assert shared < apart
