@@ -89,10 +89,6 @@ def through_the_loop(
     return shown.seconds, shown.records
 
 
-def last_scores(records: Records) -> list[float]:
-    return [record["objective/scores"] for record in records[-LAST:]]
-
-
 def mean_and_error(values: Sequence[float]) -> str:
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.4f} ± {error:.4f}"
@@ -119,11 +115,11 @@ def main() -> None:
             for number, (name, how) in enumerate(runs.items()):
                 print(f"block {block + 1}: {name}", file=terminal)
                 work = Path(temporary) / f"{block}-{number}"
-                took, told = through_the_loop(configuration(args, block, *how), paths, prompts, work, terminal)
+                took, found = through_the_loop(configuration(args, block, *how), paths, prompts, work, terminal)
                 counted = slice(args.warmup, args.warmup + args.iterations)
                 seconds[name] += took[counted]
-                records[name] += told[counted]
-                scores[name] += last_scores(told[counted])
+                records[name] += found[counted]
+                scores[name] += [record["objective/scores"] for record in found[counted][-LAST:]]
     report(args, bare, seconds, records, scores)
 
 

@@ -7,7 +7,6 @@ import asyncio
 import inspect
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from workload import endpoint
 
 from rlhf_cluster.cluster.hosts import environment
 from rlhf_cluster.cluster.placement import PPOInputs
@@ -106,7 +106,7 @@ class BareRooms:
         self._learner = BareWorker(
             LearnerWorker, cfg.learner.resources, cfg.learner, cfg.ppo, model, cfg.generation, cfg.seed
         )
-        self._learner.send("start", 0, 1, _endpoint(), 600.0, paths.policy, paths.reward_model, paths.pretraining)
+        self._learner.send("start", 0, 1, endpoint(), 600.0, paths.policy, paths.reward_model, paths.pretraining)
         for worker in self._generation:
             worker.send("start", 0)
         for worker in (self._learner, *self._generation):
@@ -151,9 +151,3 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - began
-
-
-def _endpoint() -> tuple[str, int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return "127.0.0.1", probe.getsockname()[1]

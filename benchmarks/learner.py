@@ -12,7 +12,6 @@ writes `benchmarks/results/learner-<utc>.json`.
 from __future__ import annotations
 
 import argparse
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from plain import PlainLearner
 from rounds import compare, interleaved
-from workload import IDS, arguments, make_members
+from workload import IDS, arguments, endpoint, make_members
 
 from rlhf_cluster.config import RunConfig, load
 from rlhf_cluster.learner.worker import LearnerWorker
@@ -65,10 +64,7 @@ def make_rows(args: argparse.Namespace, step: int) -> ScoredRollouts:
 
 def learner(cfg: RunConfig, policy: Path) -> Callable[[ScoredRollouts], None]:
     worker = LearnerWorker(cfg.learner, cfg.ppo, cfg.model, cfg.generation, cfg.seed)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    worker.start(0, 1, ("127.0.0.1", port), 600.0, policy, None, Pretraining.empty())
+    worker.start(0, 1, endpoint(), 600.0, policy, None, Pretraining.empty())
     steps = iter(range(cfg.ppo.steps))
 
     def train(rows: ScoredRollouts) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -90,6 +91,13 @@ def log_of(
         warn,
         idle=idle,
     )
+
+
+def endpoint() -> tuple[str, int]:
+    """Where a learner of this machine alone meets: an address and a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return "127.0.0.1", int(probe.getsockname()[1])
 
 
 def make_worker(cfg: RunConfig, policy: Path) -> GenerationWorker:

@@ -204,7 +204,6 @@ class LearnerGroup:
     def __init__(self, hosts: Sequence[Host], channel: WeightChannel, deadline_s: float) -> None:
         self._hosts, self._channel, self._deadline_s = hosts, channel, deadline_s
         self._owners: dict[int, dict[str, int]] = {}
-        self._direct = False
 
     async def _all(self, verb: str, *args: Any) -> list[Any]:
         return await self._each(verb, [args] * len(self._hosts))
@@ -237,19 +236,19 @@ class LearnerGroup:
         return stats[0]
 
     async def open_direct(self, generation: Sequence[Host], processes: int) -> None:
-        """From now on the policy's weights go straight to the engines of these workers, of so many processes each."""
+        """Lets all ranks meet the engines of these workers, of so many processes each."""
         address, port = await self._hosts[0].ask("endpoint", deadline_s=self._deadline_s)
         place = (address, port, processes * len(generation), self._deadline_s)
         transport = self._channel.cfg.transport
         at = [Rendezvous(transport, rank, *place) for rank in range(len(self._hosts))]
         alone = [Host(host.name, host.actor, host.log) for host in generation]
         await self._each("open_direct", [(one, alone, processes) for one in at])
-        self._direct = True
 
     async def publish(self, version: int) -> None:
-        """In the store, for workers that join or have to load once more; and then straight to the engines."""
+        """In the store and, where that is the transport, straight to the engines; the store's is then for those that
+        have to load once more."""
         await self._publish("publish", version, self._channel.is_probed(version))
-        if self._direct:
+        if self._channel.cfg.is_direct:
             await self._all("send", version)
 
     async def publish_average(self, version: int) -> None:

@@ -220,7 +220,7 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
             starter.start_learner(inputs), starter.ready([*reward, *reference]), *starting
         )
         group = LearnerGroup(learner, channel, deadline)
-        if cfg.weights.transport != "shm":
+        if cfg.weights.is_direct:
             await group.open_direct(generation, cfg.generation.tensor_parallel)
         rooms = Rooms(
             starter.generation_pool(generation, channel),

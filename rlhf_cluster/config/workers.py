@@ -127,10 +127,8 @@ class LearnerConfig:
 
     policy: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
     critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=9e-6, warmup_steps=10))
-    packing: bool = (
-        False  # rows of up to engine.tokens_per_micro_batch tokens of as many sequences as they hold, so that
-    )
-    # hardly anything is padding; without, rows of about a length are padded to the longest
+    packing: bool = False  # as many sequences in a row of up to engine.tokens_per_micro_batch tokens as it holds, so
+    # that hardly anything is padding; without, rows of about a length are padded to the longest
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(zero_stage=2))
     resources: Resources = field(default_factory=Resources)
@@ -148,10 +146,13 @@ class WeightsConfig:
     # they go on with the new ones; finish, they end with the old ones first; abort, they begin again
     kv: str = one_of("recompute", "keep", default="recompute")  # keys and values of what is sampled already: recompute
     # them with the new weights, or go on with those of the old ones (prompts that come again too)
-    compare: bool = (
-        True  # what the workers' engines compute with, after each load; not where they are of unlike hardware,
-    )
-    # on which the same weights have other digests
+    compare: bool = True  # what the workers' engines compute with, after each load; not where they are of unlike
+    # hardware, on which the same weights have other digests
     probe_every: int = not_negative(10)  # publishes, until each worker says its logprobs of a response that the learner
     # has said its own of; 0: never
     probe_tolerance: float = positive(0.1)  # nats per token that they may differ by
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the learner sends them to the engines itself."""
+        return self.transport != "shm"

@@ -55,7 +55,6 @@ class GenerationWorker:
         self._adapter: LoRARequest | None = None
         self._paused: float | None = None  # since when nothing is sampled
         self._probes = itertools.count()
-        self._damaged = ""  # of what the learner sent last
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.config import WeightTransferConfig
@@ -187,21 +186,18 @@ class GenerationWorker:
         await self.engine.start_weight_update()
 
     async def take_direct(self, told: dict[str, Any]) -> None:
-        """Loads what the learner sends meanwhile. What came damaged is named in the log, and the version is not held:
-        `receive` then loads it from the store."""
+        """Loads what the learner sends meanwhile."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self.engine.update_weights(WeightTransferUpdateRequest(update_info={"told": told}))
-        found = await self.engine.collective_rpc("damaged_weights")
-        self._damaged = next(filter(None, found), "")
-        if self._damaged:
-            logging.getLogger(__name__).warning("%s came damaged; it will be loaded from the store", self._damaged)
-            await self.engine.collective_rpc("give_up_update")
 
     async def end_direct(self, version: int) -> None:
-        """The engine computes with `version`, and samples nothing until `resume`."""
-        if not self._damaged:
-            await self.engine.finish_weight_update(weight_version=str(version))
+        """The engine computes with `version`, and samples nothing until `resume`. What came damaged is named in the
+        log, and the version is not held then: `receive` loads it from the store."""
+        damaged = next(filter(None, await self.engine.collective_rpc("damaged_weights")), "")
+        if damaged:
+            logging.getLogger(__name__).warning("%s came damaged; it will be loaded from the store", damaged)
+        await self.engine.finish_weight_update(weight_version=None if damaged else str(version))
 
     async def digests(self) -> dict[str, str]:
         """Of what the engine computes with, by its rank and module."""

@@ -131,14 +131,13 @@ class ActorCritic:
     ) -> list[PackedBatch]:
         """This rank's micro-batches, filled up with dummies to the number of the busiest rank. `text`: there are no
         prompts that could be shared. A collective."""
-        shared = self._shares and not text and len({prompt.tobytes() for prompt in prompts}) < len(prompts)
-        if shared:
+        rows = singles(len(prompts))
+        if self._shares and not text:
             rows = share(prompts, responses, min(self._context, self.tokens_per_micro_batch))
-        elif self._packing:
+        shared = len(rows) < len(prompts)
+        if self._packing and not shared:
             lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
             rows = pack(lengths, max([self.tokens_per_micro_batch, *lengths]))
-        else:
-            rows = singles(len(prompts))
         own = micro_batches(prompts, responses, rows, self.tokens_per_micro_batch, shared)
         return [batch.to(self.device) for batch in filled_up(own, int(self.ranks.max(len(own))))]
 

@@ -7,11 +7,11 @@ engine loads a bucket only where the digest is that of what came.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import islice
 from typing import ClassVar, Self
 
 import torch
@@ -38,13 +38,15 @@ DIGEST = 8  # bytes of xxh3-64
 
 @dataclass
 class Meeting(WeightTransferInitInfo):
-    """Where the group meets. `rank_offset`: of the engine's first process; the learner's rank is 0."""
+    """Where the group meets, and what both ends must agree on. `rank_offset`: of the engine's first process; the
+    learner's rank is 0. `bucket`: bytes that travel together, as near as whole tensors allow."""
 
     master_address: str
     master_port: int
     world_size: int
-    rank_offset: int
     timeout_s: float
+    rank_offset: int = 1
+    bucket: int = BUCKET
 
     def join(self, rank: int) -> ProcessGroup:
         group = stateless_init_torch_distributed_process_group(
@@ -63,10 +65,7 @@ class Meeting(WeightTransferInitInfo):
 class GlooTrainerInfo(TrainerInitInfo):
     backend: ClassVar[str] = "rlhf_cluster_gloo"
 
-    master_address: str
-    master_port: int
-    world_size: int
-    timeout_s: float
+    meeting: Meeting
 
 
 class GlooSender(NCCLTrainerWeightTransferEngine):
@@ -79,24 +78,30 @@ class GlooSender(NCCLTrainerWeightTransferEngine):
         cls, init_info: GlooTrainerInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
     ) -> Self:
         assert source is not None
-        sender = cls(client=client, source=source, is_sender=init_info.is_sender)
+        sender = cls(
+            client=client,
+            source=source,
+            is_sender=init_info.is_sender,
+            packed_buffer_size_bytes=init_info.meeting.bucket,
+        )
         if sender.is_sender:
-            place = (init_info.master_address, init_info.master_port, init_info.world_size)
-            meeting = Meeting(*place, 1, init_info.timeout_s)
             with ThreadPoolExecutor(1) as asking:
-                joined = asking.submit(client.init_weight_transfer_engine, asdict(meeting))
-                sender.model_update_group = meeting.join(0)
+                joined = asking.submit(client.init_weight_transfer_engine, asdict(init_info.meeting))
+                sender.model_update_group = init_info.meeting.join(0)
                 joined.result()
         return sender
 
     def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
-        pairs = self._checked_iter(source, meta)
-        for bucket in buckets(meta):
-            tensors = [tensor for _, tensor in islice(pairs, len(bucket))]
-            if self.is_sender:
-                flat = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for tensor in tensors])
-                packed = torch.cat([flat, digest(flat)])
-                self.model_update_group.broadcast(packed, 0).wait()
+        if not self.is_sender:
+            deque(source, maxlen=0)  # each is gathered by all ranks
+            return
+        tensors = self._checked_iter(source, meta)
+        for bucket in buckets(meta, self.packed_buffer_size_bytes):
+            packed = torch.empty(sum(map(size, bucket)) + DIGEST, dtype=torch.uint8)
+            for (_, place), (_, tensor) in zip(unpacked(packed, bucket), tensors, strict=False):  # more of them follow
+                place.copy_(tensor.detach())
+            packed[-DIGEST:] = digest(packed[:-DIGEST])
+            self.model_update_group.broadcast(packed, 0).wait()
 
 
 class GlooReceiver(NCCLWeightTransferEngine):
@@ -106,6 +111,7 @@ class GlooReceiver(NCCLWeightTransferEngine):
     damaged = ""  # in the last update: the first bucket that came so
 
     def init_transfer_engine(self, init_info: Meeting) -> None:  # type: ignore[override]
+        self.packed_buffer_size_bytes = init_info.bucket
         self.model_update_group = init_info.join(init_info.rank_offset + self.parallel_config.rank)
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
@@ -115,7 +121,7 @@ class GlooReceiver(NCCLWeightTransferEngine):
         told = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         meta = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in told]
         self.damaged = ""
-        for number, bucket in enumerate(buckets(meta)):
+        for number, bucket in enumerate(buckets(meta, self.packed_buffer_size_bytes)):
             packed = torch.empty(sum(map(size, bucket)) + DIGEST, dtype=torch.uint8)
             self.model_update_group.broadcast(packed, 0).wait()
             if not torch.equal(digest(packed[:-DIGEST]), packed[-DIGEST:]):
@@ -132,7 +138,7 @@ def size(of: ParamMeta) -> int:
     return math.prod(of.shape) * of.dtype.itemsize
 
 
-def buckets(meta: Sequence[ParamMeta], most: int = BUCKET) -> Iterator[list[ParamMeta]]:
+def buckets(meta: Sequence[ParamMeta], most: int) -> Iterator[list[ParamMeta]]:
     """Neighbours of about `most` bytes together, the same ones at both ends."""
     bucket: list[ParamMeta] = []
     for one in meta:

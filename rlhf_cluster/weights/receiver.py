@@ -93,15 +93,9 @@ class Inspection:
 
     model_runner: Any
     weight_transfer_engine: Receiver
-    _weight_update_active: bool
 
     def damaged_weights(self) -> str:
         return self.weight_transfer_engine.damaged
-
-    def give_up_update(self) -> None:
-        """As vLLM does after an update that raised: the next one begins anew."""
-        self._weight_update_active = False
-        self.weight_transfer_engine.reset_weight_update_target()
 
     def weight_digests(self) -> dict[str, str]:
         """By module, xxh3-64 of all that it computes with. Two engines of one build and one split have the same ones

@@ -68,13 +68,13 @@ def trainer_info(at: Rendezvous) -> TrainerInitInfo:
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    from rlhf_cluster.weights.gloo import GlooTrainerInfo
+    from rlhf_cluster.weights.gloo import GlooTrainerInfo, Meeting
 
     if at.transport == "ipc":
         return IPCTrainerInitInfo(packed=True, rank=at.rank)
     if at.transport == "nccl":
         return NCCLTrainerInitInfo(at.address, at.port, 1 + at.receivers, rank=at.rank)
-    return GlooTrainerInfo(at.address, at.port, 1 + at.receivers, at.timeout_s, rank=at.rank)
+    return GlooTrainerInfo(Meeting(at.address, at.port, 1 + at.receivers, at.timeout_s), rank=at.rank)
 
 
 def make_source(

@@ -243,11 +243,12 @@ def test_weights_that_ranks_send_to_the_engines_themselves_are_the_same(
 def test_adapters_are_the_same_on_one_rank_and_on_two(
     scene: Scene, trained: Mapping[Any, Trained], runner: asyncio.Runner, tmp_path: Path
 ) -> None:
-    one, other = (
-        runner.run(scene.train_from_the_start(tmp_path / f"{stage}", stage, ranks, ADAPTERS))
-        for stage, ranks in [(0, 1), (3, 2)]
+    one, other, sent = (
+        runner.run(scene.train_from_the_start(tmp_path / f"{stage}-{transport}", stage, ranks, ADAPTERS, transport))
+        for stage, ranks, transport in [(0, 1, "shm"), (3, 2, "shm"), (3, 2, "gloo")]
     )
     assert distance(one, other) < 1e-4
+    assert distance(sent, other) < 1e-4
     assert distance(one, trained[(0, 1)]) > 1e-3, "without adapters it would be the same"
 
 

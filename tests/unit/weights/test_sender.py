@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from rlhf_cluster.weights import gloo
-from rlhf_cluster.weights.gloo import GlooReceiver, GlooTrainerInfo, buckets
+from rlhf_cluster.weights.gloo import GlooReceiver, GlooTrainerInfo, Meeting, buckets
 from rlhf_cluster.weights.plugin import DIRECT, register
 from rlhf_cluster.weights.sender import Rendezvous, Sender, trainer_info
 
@@ -41,7 +42,7 @@ def test_ipc_needs_no_place_and_packs() -> None:
 
 def test_gloo_is_told_where_all_meet_and_for_how_long() -> None:
     found = trainer_info(Rendezvous("gloo", 0, "10.0.0.1", 4711, 6, 60.0))
-    assert found == GlooTrainerInfo("10.0.0.1", 4711, 7, 60.0, rank=0)
+    assert found == GlooTrainerInfo(Meeting("10.0.0.1", 4711, 7, 60.0), rank=0)
 
 
 @pytest.mark.parametrize("transport", DIRECT)
@@ -109,7 +110,7 @@ def make_sender(engines: Engines, tensors: dict[str, torch.Tensor]) -> Sender:
 
 @pytest.fixture
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gloo.buckets, "__defaults__", (48,))  # two tensors
+    monkeypatch.setattr(gloo, "Meeting", partial(Meeting, bucket=48))  # two tensors
 
 
 def test_every_engine_has_all_tensors_each_time(small_buckets: None) -> None:
