@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 from workload import endpoint
 
+from rlhf_cluster.cluster import worker_arguments
 from rlhf_cluster.cluster.hosts import environment
 from rlhf_cluster.cluster.placement import PPOInputs
-from rlhf_cluster.config import Resources, RunConfig, reward_budget_s
+from rlhf_cluster.config import Resources, RunConfig
 from rlhf_cluster.generation.worker import GenerationWorker
 from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, join
 from rlhf_cluster.reference.worker import ReferenceWorker
-from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs, from_here
+from rlhf_cluster.scoring.worker import RewardWorker
 from rlhf_cluster.telemetry.quiet import quiet_libraries
 
 
@@ -82,30 +83,21 @@ class BareRooms:
 
     def __init__(self, cfg: RunConfig, paths: PPOInputs) -> None:
         self._cfg = cfg
-        model, policy = cfg.model, str(paths.policy)
         self._generation = [
             BareWorker(
                 GenerationWorker,
                 cfg.generation.resources,
-                *(policy, cfg.generation, cfg.weights, model.context, model.dtype, f"bare-{index}"),
+                *worker_arguments.of_generation(cfg, paths.policy, f"bare-{index}"),
             )
             for index in range(cfg.generation.resources.workers)
         ]
-        scorer = ScorerInputs(
-            str(paths.reward_model), policy, model.dtype, model.attention, cfg.seed, reward_budget_s(cfg)
-        )
-        self._reward = BareWorker(RewardWorker, cfg.reward.resources, from_here(cfg.reward), scorer)
-        limit = cfg.reference.tokens_per_micro_batch
-        self._reference = (
-            None
-            if cfg.ppo.kl.kind == "none"
-            else BareWorker(
-                ReferenceWorker, cfg.reference.resources, str(paths.reference), model.dtype, model.attention, limit
-            )
-        )
-        self._learner = BareWorker(
-            LearnerWorker, cfg.learner.resources, cfg.learner, cfg.ppo, model, cfg.generation, cfg.seed
-        )
+        scorer = worker_arguments.of_reward(cfg, paths.policy, paths.reward_model)
+        self._reward = BareWorker(RewardWorker, cfg.reward.resources, *scorer)
+        self._reference: BareWorker | None = None
+        if cfg.ppo.kl.kind != "none":
+            reference = worker_arguments.of_reference(cfg, paths.reference)
+            self._reference = BareWorker(ReferenceWorker, cfg.reference.resources, *reference)
+        self._learner = BareWorker(LearnerWorker, cfg.learner.resources, *worker_arguments.of_learner(cfg))
         self._learner.send("start", 0, 1, endpoint(), 600.0, paths.policy, paths.reward_model, paths.pretraining)
         for worker in self._generation:
             worker.send("start", 0)
@@ -113,16 +105,19 @@ class BareRooms:
             worker.answer()
 
     def iteration(self, step: int, members: Members) -> dict[str, float]:
-        """Seconds by part, one after the other."""
+        """Seconds by part, one after the other; reward and reference are asked at once, and the reference's are those
+        that it took longer."""
         seconds: dict[str, float] = {}
         with timed(seconds, "generate"):
             rollouts = self.sample(members)
-        with timed(seconds, "score"):
-            scores = self._reward.ask("score", rollouts)
         ref: RefLogprobs | None = None
         if self._reference is not None:
+            self._reference.send("logprobs", rollouts)
+        with timed(seconds, "score"):
+            scores = self._reward.ask("score", rollouts)
+        if self._reference is not None:
             with timed(seconds, "reference"):
-                ref = self._reference.ask("logprobs", rollouts)
+                ref = self._reference.answer()
         rows = join(rollouts, scores, ref)
         self._learner.ask("begin", step, rows.sample_id)
         with timed(seconds, "learner evaluate"):

@@ -21,6 +21,7 @@ from plain import PlainLearner
 from rounds import compare, interleaved
 from workload import IDS, arguments, endpoint, make_members
 
+from rlhf_cluster.cluster import worker_arguments
 from rlhf_cluster.config import RunConfig, load
 from rlhf_cluster.learner.worker import LearnerWorker
 from rlhf_cluster.models.build import prepare_model
@@ -63,7 +64,7 @@ def make_rows(args: argparse.Namespace, step: int) -> ScoredRollouts:
 
 
 def learner(cfg: RunConfig, policy: Path) -> Callable[[ScoredRollouts], None]:
-    worker = LearnerWorker(cfg.learner, cfg.ppo, cfg.model, cfg.generation, cfg.seed)
+    worker = LearnerWorker(*worker_arguments.of_learner(cfg))
     worker.start(0, 1, endpoint(), 600.0, policy, None, Pretraining.empty())
     steps = iter(range(cfg.ppo.steps))
 

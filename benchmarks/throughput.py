@@ -273,7 +273,9 @@ def main() -> int:
         lines,
         [
             workload(args, cfg, prompt_tokens),
-            f"Parts of {SYSTEM} overlap; those of the others are one after the other, and the whole is their sum.",
+            f"Parts of {SYSTEM} overlap; those of the others are one after the other, and the whole is their "
+            f"sum. Scores and references of {KERNELS} are asked for at once; the reference's seconds are those that it "
+            "took longer.",
             f"Peak memory of {SYSTEM} in GB, shared pages in each that maps them: {peaks}.",
         ],
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_cluster import ppo
+from rlhf_cluster.cluster import worker_arguments
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.generation.worker import GenerationWorker
 from rlhf_cluster.loop.admission import Batch
@@ -101,7 +102,7 @@ def endpoint() -> tuple[str, int]:
 
 
 def make_worker(cfg: RunConfig, policy: Path) -> GenerationWorker:
-    return GenerationWorker(str(policy), cfg.generation, cfg.weights, cfg.model.context, cfg.model.dtype, "bench")
+    return GenerationWorker(*worker_arguments.of_generation(cfg, policy, "bench"))
 
 
 def plain_vllm(cfg: RunConfig, policy: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import arms
 import matplotlib.pyplot as plt
 import torch
+import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -44,7 +45,13 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     train, heldout = split(args.text, args.out)
-    found = read()
+    measured = {
+        "coef": args.coef,
+        "window": WINDOW,
+        "tokens": TOKENS,
+        "text": xxhash.xxh3_64_hexdigest(heldout.encode()),
+    }
+    found = read(measured)
     outcomes: dict[str, list[arms.Outcome]] = {}
     for seed in args.seeds:
         runs = one_seed(args.out / f"seed-{seed}", seed, train, args.coef)
@@ -53,7 +60,7 @@ def main() -> None:
         for stage, policy in policies(runs).items():
             found.setdefault(stage, {})[seed] = perplexity(policy, heldout)
             print(f"seed {seed}, {stage}: perplexity {found[stage][seed]:.3f}", flush=True)
-        write(found, args.coef)
+        RESULTS.write_text(json.dumps({**measured, "perplexity": found}, indent=1) + "\n")
     print(arms.table(outcomes))
     print("| policy | perplexity | by seed |\n|---|---|---|")
     for stage, values in found.items():
@@ -63,15 +70,15 @@ def main() -> None:
     draw(found, HERE / "alignment_tax.png")
 
 
-def read() -> dict[str, dict[int, float]]:
-    """Perplexities by policy and seed that earlier runs found."""
-    told = json.loads(RESULTS.read_text())["perplexity"] if RESULTS.is_file() else {}
-    return {stage: {int(seed): value for seed, value in values.items()} for stage, values in told.items()}
-
-
-def write(found: dict[str, dict[int, float]], coef: float) -> None:
-    sizes = {"coef": coef, "window": WINDOW, "tokens": TOKENS}
-    RESULTS.write_text(json.dumps({**sizes, "perplexity": found}, indent=1) + "\n")
+def read(measured: dict[str, object]) -> dict[str, dict[int, float]]:
+    """Perplexities by policy and seed that earlier runs found. Raises SystemExit where they measured something else."""
+    if not RESULTS.is_file():
+        return {}
+    told = json.loads(RESULTS.read_text())
+    found = told.pop("perplexity")
+    if told != measured:
+        raise SystemExit(f"{RESULTS} was measured with {told}, not with {measured}; move it away to begin anew")
+    return {stage: {int(seed): value for seed, value in values.items()} for stage, values in found.items()}
 
 
 def split(text: Path, directory: Path) -> tuple[Path, str]:

@@ -19,7 +19,6 @@ from rlhf_cluster.cluster.delivery import Delivery, WeightChannel
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.cluster.waits import WorkerDied, WorkerError
 from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
-from rlhf_cluster.weights.sender import Rendezvous
 from rlhf_cluster.weights.snapshot import Snapshot
 
 TOGETHER = 64  # rows of a table on its way to scorers and learner
@@ -237,12 +236,8 @@ class LearnerGroup:
 
     async def open_direct(self, generation: Sequence[Host], processes: int) -> None:
         """Lets all ranks meet the engines of these workers, of so many processes each."""
-        address, port = await self._hosts[0].ask("endpoint", deadline_s=self._deadline_s)
-        place = (address, port, processes * len(generation), self._deadline_s)
-        transport = self._channel.cfg.transport
-        at = [Rendezvous(transport, rank, *place) for rank in range(len(self._hosts))]
         alone = [Host(host.name, host.actor, host.log) for host in generation]
-        await self._each("open_direct", [(one, alone, processes) for one in at])
+        await self._all("open_direct", self._channel.cfg.transport, alone, processes, self._deadline_s)
 
     async def publish(self, version: int) -> None:
         """In the store and, where that is the transport, straight to the engines; the store's is then for those that

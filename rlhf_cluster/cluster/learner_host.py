@@ -51,9 +51,12 @@ class WorkersEngines:
 class LearnerHost(Hosted, LearnerWorker):
     """A learner rank as an actor."""
 
-    def open_direct(self, at: Rendezvous, workers: Sequence[Host], processes: int) -> None:
+    def open_direct(self, transport: str, workers: Sequence[Host], processes: int, timeout_s: float) -> None:
         """Meets the engines of these workers. A collective."""
-        self._engines = WorkersEngines(workers, processes, at.timeout_s, at.transport)
+        import vllm  # noqa: F401  takes a quarter of a minute, after which a port that was free might not be
+
+        at = Rendezvous(transport, self._ranks.rank, *self.endpoint(), processes * len(workers), timeout_s)
+        self._engines = WorkersEngines(workers, processes, timeout_s, transport)
         self.send_by(at, self._engines)
 
     def send(self, version: int) -> None:

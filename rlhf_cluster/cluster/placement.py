@@ -16,17 +16,18 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from rlhf_cluster.cluster import worker_arguments
 from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool
 from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.generation_host import GenerationHost
 from rlhf_cluster.cluster.hosts import Host, reserved, set_apart, spawn
 from rlhf_cluster.cluster.learner_host import LearnerHost
 from rlhf_cluster.cluster.waits import Call, answer
-from rlhf_cluster.config import Resources, RunConfig, reward_budget_s
+from rlhf_cluster.config import Resources, RunConfig
 from rlhf_cluster.records import Pretraining
 from rlhf_cluster.reference.worker import ReferenceWorker
 from rlhf_cluster.rooms import NoReference, Rooms
-from rlhf_cluster.scoring.worker import RewardWorker, ScorerInputs, from_here
+from rlhf_cluster.scoring.worker import RewardWorker
 from rlhf_cluster.telemetry.activity import Activity
 from rlhf_cluster.telemetry.timer import Timeline
 from rlhf_cluster.weights.snapshot import store_directory
@@ -90,8 +91,7 @@ class Starter:
         hosts = []
         for index in range(cfg.generation.resources.workers):
             incarnation = f"generation-{index}.{self.attempt.number}"
-            model = (str(policy), cfg.generation, cfg.weights, cfg.model.context, cfg.model.dtype)
-            args = (*model, incarnation, adapter_rank)
+            args = worker_arguments.of_generation(cfg, policy, incarnation, adapter_rank)
             hosts.append(self._spawn(GenerationHost, "generation", index, cfg.generation.resources, args))
         return hosts, [self._ask(host, "start", version) for host in hosts]
 
@@ -108,10 +108,8 @@ class Starter:
 
     def start_reward(self, policy: Path, reward_model: Path | None) -> list[Host]:
         """`policy`: whose tokens are read; `reward_model`: stage 2's, where there is one."""
-        cfg = self.cfg
-        model, budget = cfg.model, reward_budget_s(cfg)
-        inputs = ScorerInputs(str(reward_model), str(policy), model.dtype, model.attention, cfg.seed, budget)
-        return self.start(RewardWorker, "reward", cfg.reward.resources, (from_here(cfg.reward), inputs))
+        args = worker_arguments.of_reward(self.cfg, policy, reward_model)
+        return self.start(RewardWorker, "reward", self.cfg.reward.resources, args)
 
     async def start_learner(self, inputs: PPOInputs) -> tuple[list[Host], WeightChannel]:
         """All ranks in one placement group, so that they start together or not at all, and the weight store beside
@@ -120,7 +118,7 @@ class Starter:
         group = placement_group([reserved(resources) | set_apart("learner")] * resources.workers, strategy="PACK")
         self._groups.append(group)
         await answer(group.ready(), Call("learner", "placement"), cfg.cluster.start_timeout_s)
-        args = (cfg.learner, cfg.ppo, cfg.model, cfg.generation, cfg.seed)
+        args = worker_arguments.of_learner(cfg)
         hosts = [
             self._spawn(LearnerHost, "learner", index, resources, args, group, index)
             for index in range(resources.workers)
@@ -213,9 +211,8 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
         reward = starter.start_reward(inputs.policy, inputs.reward_model)
         reference: list[Host] = []
         if cfg.ppo.kl.kind != "none":
-            limit = cfg.reference.tokens_per_micro_batch
-            reference_args = (str(inputs.reference), cfg.model.dtype, cfg.model.attention, limit)
-            reference = starter.start(ReferenceWorker, "reference", cfg.reference.resources, reference_args)
+            args = worker_arguments.of_reference(cfg, inputs.reference)
+            reference = starter.start(ReferenceWorker, "reference", cfg.reference.resources, args)
         (learner, channel), *_ = await asyncio.gather(
             starter.start_learner(inputs), starter.ready([*reward, *reference]), *starting
         )

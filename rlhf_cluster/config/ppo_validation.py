@@ -67,6 +67,13 @@ def _validate_transport(cfg: RunConfig) -> None:
         f"weights.transport=ipc is for learner and generation on one GPU, but {told}; give each a share of it below 1, "
         "or use nccl, shm or gloo",
     )
+    ranks = cfg.learner.resources.workers
+    require(
+        transport != "ipc" or not cfg.learner.lora.rank or ranks == 1,
+        f"weights.transport=ipc has every rank of the learner share its weights, but merged adapters "
+        f"(learner.lora.rank={cfg.learner.lora.rank}) are on the first of {ranks} alone; use "
+        "learner.resources.workers=1, or nccl, shm or gloo",
+    )
 
 
 def _validate_advantage(cfg: RunConfig) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
+import pickle
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
+
+import torch
 
 from rlhf_cluster.config import GenerationConfig, WeightsConfig
 from rlhf_cluster.models.load import resolve_dtype
@@ -55,6 +59,7 @@ class GenerationWorker:
         self._adapter: LoRARequest | None = None
         self._paused: float | None = None  # since when nothing is sampled
         self._probes = itertools.count()
+        self._came = 0
 
     def _engine_args(self) -> AsyncEngineArgs:
         from vllm.config import WeightTransferConfig
@@ -189,7 +194,13 @@ class GenerationWorker:
         """Loads what the learner sends meanwhile."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self.engine.update_weights(WeightTransferUpdateRequest(update_info={"told": told}))
+        self._came += bytes_of(told)
+        await self.engine.update_weights(WeightTransferUpdateRequest(update_info={"told": pickle.dumps(told)}))
+
+    def came(self) -> int:
+        """Bytes that the learner sent since this was last asked."""
+        came, self._came = self._came, 0
+        return came
 
     async def end_direct(self, version: int) -> None:
         """The engine computes with `version`, and samples nothing until `resume`. What came damaged is named in the
@@ -257,6 +268,12 @@ class GenerationWorker:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
+
+
+def bytes_of(told: Mapping[str, Any]) -> int:
+    """Of the tensors that vLLM is told will come."""
+    pairs = zip(told["dtype_names"], told["shapes"], strict=True)
+    return sum(getattr(torch, dtype).itemsize * math.prod(shape) for dtype, shape in pairs)
 
 
 def _versions(completion: Any) -> list[int]:

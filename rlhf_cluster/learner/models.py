@@ -137,7 +137,7 @@ class ActorCritic:
         shared = len(rows) < len(prompts)
         if self._packing and not shared:
             lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-            rows = pack(lengths, max([self.tokens_per_micro_batch, *lengths]))
+            rows = pack(lengths, max([min(self._context, self.tokens_per_micro_batch), *lengths]))
         own = micro_batches(prompts, responses, rows, self.tokens_per_micro_batch, shared)
         return [batch.to(self.device) for batch in filled_up(own, int(self.ranks.max(len(own))))]
 

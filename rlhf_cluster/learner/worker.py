@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -228,8 +228,10 @@ class LearnerWorker:
         def published() -> Published:
             return self._models.published(averaged=False)
 
-        shapes, dtype = published().shapes, self._models.policy.dtype
-        self.sender = Sender(at, client, shapes, dtype, lambda: published().tensors)
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            return ((name, tensor.to(self._models.device)) for name, tensor in published().tensors)
+
+        self.sender = Sender(at, client, published().shapes, self._models.policy.dtype, tensors)
 
     def publish_average(self, version: int, directory: str) -> Snapshot | None:
         """As `publish`, of the policy's average, by a `version` that no policy has. A collective."""

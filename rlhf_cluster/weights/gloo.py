@@ -108,26 +108,34 @@ class GlooReceiver(NCCLWeightTransferEngine):
     """An engine process's side."""
 
     init_info_cls = Meeting  # type: ignore[assignment]
-    damaged = ""  # in the last update: the first bucket that came so
+    damaged = ""  # in the last update: the first bucket that came so, or that the model did not take
 
     def init_transfer_engine(self, init_info: Meeting) -> None:  # type: ignore[override]
         self.packed_buffer_size_bytes = init_info.bucket
         self.model_update_group = init_info.join(init_info.rank_offset + self.parallel_config.rank)
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
-        """From a bucket on that came damaged nothing is loaded, though all that was sent is received: nobody is to wait
-        for this process. Nothing is raised, since vLLM takes one answer of an engine whose processes all raise, and the
-        others for answers to what is asked next."""
+        """From a bucket on that came damaged, or that the model did not take, nothing is loaded, though all that was
+        sent is received: nobody is to wait for this process. Nothing is raised, since vLLM takes one answer of an
+        engine whose processes all raise, and the others for answers to what is asked next."""
         told = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         meta = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in told]
         self.damaged = ""
         for number, bucket in enumerate(buckets(meta, self.packed_buffer_size_bytes)):
             packed = torch.empty(sum(map(size, bucket)) + DIGEST, dtype=torch.uint8)
             self.model_update_group.broadcast(packed, 0).wait()
-            if not torch.equal(digest(packed[:-DIGEST]), packed[-DIGEST:]):
-                self.damaged = self.damaged or f"bucket {number} ({bucket[0].name} to {bucket[-1].name})"
-            elif not self.damaged:
-                self.model.load_weights(unpacked(packed, bucket))
+            if not self.damaged and (why := self._load(packed, bucket)):
+                self.damaged = f"bucket {number} ({bucket[0].name} to {bucket[-1].name}): {why}"
+
+    def _load(self, packed: torch.Tensor, bucket: list[ParamMeta]) -> str:
+        """Why it was not loaded; nothing where it was."""
+        if not torch.equal(digest(packed[:-DIGEST]), packed[-DIGEST:]):
+            return "its digest is not the one that was sent"
+        try:
+            self.model.load_weights(unpacked(packed, bucket))
+        except Exception as error:
+            return f"the model did not take it, {type(error).__name__}: {error}"
+        return ""
 
     def shutdown(self) -> None:
         self.model_update_group = None

@@ -7,6 +7,7 @@ layerwise reload of vLLM rebuilds each layer from checkpoint-format tensors and 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,10 +31,11 @@ class Opening(WeightTransferInitInfo):
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
-    """A snapshot's file, or what the direct engine is told of the tensors that come."""
+    """A snapshot's file, or what the direct engine is told of the tensors that come: pickled, since what stands for a
+    GPU's memory (`ipc`) is not among what vLLM's messages may hold. It comes from our own worker."""
 
     path: str = ""
-    told: dict[str, Any] = field(default_factory=dict)
+    told: bytes = b""
 
 
 class Receiver(WeightTransferEngine[Opening, Update]):
@@ -61,10 +63,13 @@ class Receiver(WeightTransferEngine[Opening, Update]):
                 self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())
         else:
             assert self._direct is not None
-            self._direct.receive_weights(self._direct.parse_update_info(update_info.told))
+            self._direct.receive_weights(self._direct.parse_update_info(pickle.loads(update_info.told)))
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self._direct is not None:
+            self._direct.finish_weight_update()  # the same, and lets go of what it shares with the learner
+        else:
+            finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_heads(self.model)
 
     @property

@@ -6,6 +6,7 @@ vLLM is loaded where a sender is made, as in the generation worker.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,21 +58,26 @@ class Sender:
 
         register()
         source = make_source(shapes, dtype, tensors)
-        self._engine = WeightTransferTrainerFactory.trainer_init(trainer_info(at), client=client, source=source)
+        largest = max((math.prod(shape) for shape in shapes.values()), default=0) * dtype.itemsize
+        told = trainer_info(at, largest)
+        self._engine = WeightTransferTrainerFactory.trainer_init(told, client=client, source=source)
 
     def send(self) -> None:
         self._engine.send_weights()
 
 
-def trainer_info(at: Rendezvous) -> TrainerInitInfo:
-    """What vLLM's engine for this transport is told; between GPUs tensors travel packed."""
+def trainer_info(at: Rendezvous, largest: int) -> TrainerInitInfo:
+    """What vLLM's engine for this transport is told; between GPUs tensors travel packed. `largest`: bytes of a tensor,
+    for which the buffer that one GPU's processes share must have room."""
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
     from rlhf_cluster.weights.gloo import GlooTrainerInfo, Meeting
 
     if at.transport == "ipc":
-        return IPCTrainerInitInfo(packed=True, rank=at.rank)
+        room = max(largest, DEFAULT_PACKED_BUFFER_SIZE_BYTES)
+        return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=room, rank=at.rank)
     if at.transport == "nccl":
         return NCCLTrainerInitInfo(at.address, at.port, 1 + at.receivers, rank=at.rank)
     return GlooTrainerInfo(Meeting(at.address, at.port, 1 + at.receivers, at.timeout_s), rank=at.rank)

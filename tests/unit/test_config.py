@@ -327,6 +327,13 @@ def test_an_advantage_is_one_value(advantage: str) -> None:
         (["learner.resources.num_gpus=1", "generation.resources.num_gpus=0.5"], r"=1 and generation\.\S+=0\.5; give"),
         (["weights=ipc"], r"weights\.transport=ipc is for learner and generation on one GPU, .* a share of it below 1"),
         (["weights=ipc", "learner.resources.num_gpus=1", "generation.resources.num_gpus=1"], r"a share of it below 1"),
+        (
+            [
+                *("weights=ipc", "learner.resources={num_gpus: 0.4, workers: 2}", "generation.resources.num_gpus=0.4"),
+                *("learner.lora.rank=8", "learner.lora.publish=merged"),
+            ],
+            r"weights\.transport=ipc has every rank .* on the first of 2 alone; use learner\.resources\.workers=1",
+        ),
         (["learner.lora.rank=8", "learner.lora.publish=adapter"], r"nccl sends whole weights, but learner\.lora\.publ"),
     ],
 )

@@ -207,6 +207,13 @@ def test_packed_rows_hold_no_padding_to_speak_of(start: Start) -> None:
     assert padded(start(64, packing=True)) < 1.3 * tokens
 
 
+def test_packed_rows_are_no_wider_than_the_context_since_attention_grows_with_their_square(start: Start) -> None:
+    prompts, responses = ([*ids] * 20 for ids in (rows().prompt_ids, rows().response_ids))
+    worker = start(1 << 20, packing=True, share_prompts=False)
+    batches = worker._models.micro_batches(prompts, responses)
+    assert MODEL.context / 2 < max(batch.input_ids.shape[1] for batch in batches) <= MODEL.context
+
+
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_order_of_arrival_changes_nothing(start: Start, chunk: int) -> None:
     one, other = start(), start()

@@ -29,26 +29,28 @@ DEADLINE_S = 30.0
 
 
 def test_nccl_is_told_where_all_meet_and_packs() -> None:
-    found = trainer_info(Rendezvous("nccl", 1, "10.0.0.1", 4711, 6, 60.0))
+    found = trainer_info(Rendezvous("nccl", 1, "10.0.0.1", 4711, 6, 60.0), 8)
     assert isinstance(found, NCCLTrainerInitInfo)
     place = (found.master_address, found.master_port, found.world_size)
     assert place == ("10.0.0.1", 4711, 7) and found.packed and not found.is_sender
 
 
-def test_ipc_needs_no_place_and_packs() -> None:
-    found = trainer_info(Rendezvous("ipc", 0, "10.0.0.1", 4711, 6, 60.0))
+@pytest.mark.parametrize("largest", [8, 3 << 30])
+def test_ipc_needs_no_place_and_packs_into_what_holds_any_tensor(largest: int) -> None:
+    found = trainer_info(Rendezvous("ipc", 0, "10.0.0.1", 4711, 6, 60.0), largest)
     assert isinstance(found, IPCTrainerInitInfo) and found.packed and found.is_sender
+    assert found.packed_buffer_size_bytes == max(1 << 30, largest)
 
 
 def test_gloo_is_told_where_all_meet_and_for_how_long() -> None:
-    found = trainer_info(Rendezvous("gloo", 0, "10.0.0.1", 4711, 6, 60.0))
+    found = trainer_info(Rendezvous("gloo", 0, "10.0.0.1", 4711, 6, 60.0), 8)
     assert found == GlooTrainerInfo(Meeting("10.0.0.1", 4711, 7, 60.0), rank=0)
 
 
 @pytest.mark.parametrize("transport", DIRECT)
 def test_vllm_has_an_engine_at_both_ends_for_every_transport(transport: str) -> None:
     register()
-    info = trainer_info(Rendezvous(transport, 0, "10.0.0.1", 4711, 6, 60.0))
+    info = trainer_info(Rendezvous(transport, 0, "10.0.0.1", 4711, 6, 60.0), 8)
     assert info.backend == DIRECT[transport]
     for factory in (WeightTransferEngineFactory, WeightTransferTrainerFactory):
         assert factory._registry[info.backend]()
@@ -64,9 +66,13 @@ class Model:
 
     def __init__(self) -> None:
         self.loaded: dict[str, torch.Tensor] = {}
+        self.refused = ""  # the tensor that it does not take
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.loaded |= {name: tensor.clone() for name, tensor in weights}
+        for name, tensor in weights:
+            if name == self.refused:
+                raise KeyError(name)
+            self.loaded[name] = tensor.clone()
 
 
 @dataclass
@@ -143,8 +149,22 @@ def test_a_bucket_that_comes_damaged_is_named_and_the_next_version_arrives(
     with monkeypatch.context() as patch:
         patch.setattr(gloo, "digest", wrong_in_the_second)
         sender.send()
-    assert [one.damaged for one in engines.receivers] == ["bucket 1 (layer.2 to layer.3)"] * 2
+    why = "bucket 1 (layer.2 to layer.3): its digest is not the one that was sent"
+    assert [one.damaged for one in engines.receivers] == [why] * 2
     assert len(sent) == 3 and [list(model.loaded) for model in engines.models] == [["layer.0", "layer.1"]] * 2
     sender.send()
     assert [one.damaged for one in engines.receivers] == ["", ""]
     assert all(torch.equal(model.loaded[name], TENSORS[name]) for model in engines.models for name in TENSORS)
+
+
+def test_a_model_that_does_not_take_a_tensor_lets_nobody_wait(small_buckets: None) -> None:
+    engines = Engines()
+    sender = make_sender(engines, TENSORS)
+    engines.models[0].refused = "layer.2"
+    sender.send()
+    why = "bucket 1 (layer.2 to layer.3): the model did not take it, KeyError: 'layer.2'"
+    assert [one.damaged for one in engines.receivers] == [why, ""]
+    assert list(engines.models[0].loaded) == ["layer.0", "layer.1"] and list(engines.models[1].loaded) == list(TENSORS)
+    engines.models[0].refused = ""
+    sender.send()
+    assert [one.damaged for one in engines.receivers] == ["", ""]
