@@ -218,12 +218,14 @@ class LearnerGroup:
         self._owners[step] = plans[0]
 
     async def add(self, step: int, rows: ScoredRollouts) -> None:
-        """A rank's share travels as (reference, start, stop): rows are put once, sorted by the rank that owns them."""
+        """A rank's share travels as (table, start, stop): rows are sorted by the rank that owns them, and put once
+        where there are several."""
         owners = np.array([self._owners[step][sample_id] for sample_id in rows.sample_id])
         stops = np.cumsum(np.bincount(owners, minlength=len(self._hosts))).tolist()
-        reference = ray.put(rows.take(np.argsort(owners, kind="stable")))
+        ordered = rows.take(np.argsort(owners, kind="stable"))
+        table = ordered if len(self._hosts) == 1 else ray.put(ordered)
         spans = zip([0, *stops[:-1]], stops, strict=True)
-        await self._each("add", [(step, reference, start, stop) for start, stop in spans])
+        await self._each("add", [(step, table, start, stop) for start, stop in spans])
 
     async def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> None:
         owners = await self._all("replace", step, list(gone), list(come))

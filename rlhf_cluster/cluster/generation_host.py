@@ -26,7 +26,7 @@ class GenerationHost(Hosted, GenerationWorker):
         """Returns the bytes that it took. `place`: the store's node, its run and attempt. `again`: nothing that is here
         already is trusted."""
         node, run, attempt = place
-        if not again and await self.holds(snapshot.version):
+        if not again and self.holds(snapshot.version):
             return self.came()
         if ray.get_runtime_context().get_node_id() == node:
             await self.receive(snapshot, again)

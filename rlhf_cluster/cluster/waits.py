@@ -86,12 +86,16 @@ async def _awaited(reference: Any) -> Any:
     return await reference
 
 
+async def _next(stream: AsyncIterator[Any]) -> Any:
+    return await (await anext(stream))
+
+
 async def answers(references: AsyncIterator[Any], call: Call, deadline_s: float) -> AsyncIterator[Any]:
     """Items of a streaming call as they come, each within the deadline."""
     stream = aiter(references)
     while True:
         try:
-            item = await asyncio.wait_for(_awaited(await asyncio.wait_for(anext(stream), deadline_s)), deadline_s)
+            item = await asyncio.wait_for(_next(stream), deadline_s)
         except StopAsyncIteration:
             return
         except (TimeoutError, RayError) as error:

@@ -57,6 +57,7 @@ class GenerationWorker:
         self._dtype, self._incarnation, self._adapter_rank = dtype, incarnation, adapter_rank
         self._engine: AsyncLLM | None = None
         self._adapter: LoRARequest | None = None
+        self._held: int | None = None  # the version that was loaded last, and wholly
         self._paused: float | None = None  # since when nothing is sampled
         self._probes = itertools.count()
         self._came = 0
@@ -102,6 +103,7 @@ class GenerationWorker:
         self._engine = AsyncLLM.from_engine_args(self._engine_args())
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await self.engine.update_weight_version(str(version))
+        self._held = None if self._adapter_rank else version
         return self._incarnation
 
     async def sample(self, members: Members) -> AsyncIterator[Rollouts]:
@@ -174,10 +176,12 @@ class GenerationWorker:
 
         Asking for the version that serves already changes nothing, unless it is to be loaded `again`.
         """
-        if again or not await self.holds(snapshot.version):
+        if again or not self.holds(snapshot.version):
             await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
             await self._pause()
+            self._held = None
             await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
+            self._held = snapshot.version
 
     async def open_direct(self, transport: str, told: dict[str, Any]) -> None:
         """Meets the learner, whose weights then come without the store."""
@@ -188,6 +192,7 @@ class GenerationWorker:
 
     async def begin_direct(self) -> None:
         await self._pause()
+        self._held = None
         await self.engine.start_weight_update()
 
     async def take_direct(self, told: dict[str, Any]) -> None:
@@ -209,15 +214,16 @@ class GenerationWorker:
         if damaged:
             logging.getLogger(__name__).warning("%s came damaged; it will be loaded from the store", damaged)
         await self.engine.finish_weight_update(weight_version=None if damaged else str(version))
+        self._held = None if damaged else version
 
     async def digests(self) -> dict[str, str]:
         """Of what the engine computes with, by its rank and module."""
         found = await self.engine.collective_rpc("weight_digests")
         return {f"{rank}:{name}": digest for rank, of in enumerate(found) for name, digest in of.items()}
 
-    async def holds(self, version: int) -> bool:
-        holds = await self.engine.get_weight_version() == str(version)
-        return holds and (self._adapter is not None or not self._adapter_rank)
+    def holds(self, version: int) -> bool:
+        """Whether it need not be loaded. The engine is not asked: it would answer once its step has ended."""
+        return self._held == version
 
     async def _pause(self) -> None:
         if self._paused is None:

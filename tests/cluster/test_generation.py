@@ -320,7 +320,7 @@ async def weights_may_come_straight_from_the_learner(bench: Bench) -> None:
         return  # whole weights come that way, no adapters
     await bench.receive(1)
     await asyncio.to_thread(send, bench, 2, asyncio.get_running_loop())
-    assert await bench.worker.holds(2)
+    assert bench.worker.holds(2)
     assert await bench.worker.resume() > 0
     found = await bench.sampled(laws.members(8))
     assert largest(found.rollout_logprobs, bench.logprobs(2, found)) < bench.tolerance
@@ -333,7 +333,7 @@ async def what_comes_damaged_is_not_held_and_then_loaded_from_the_store(bench: B
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gloo, "digest", lambda flat: torch.zeros(gloo.DIGEST, dtype=torch.uint8))  # as the sender sees it
         await asyncio.to_thread(send, bench, 3, asyncio.get_running_loop())
-    assert not await bench.worker.holds(3)
+    assert not bench.worker.holds(3)
     await bench.receive(3)
     found = await bench.sampled(laws.members(8))
     assert largest(found.rollout_logprobs, bench.logprobs(3, found)) < bench.tolerance
@@ -351,7 +351,7 @@ async def what_comes_damaged_in_the_midst_of_a_layer_is_loaded_anew_with_all_of_
         patch.setattr(gloo, "Meeting", partial(gloo.Meeting, bucket=1))  # each tensor in one of its own
         patch.setattr(gloo, "digest", lambda flat: right(flat) ^ 1 if next(digests) == bad else right(flat))
         await asyncio.to_thread(send, bench, 1, asyncio.get_running_loop())
-    assert next(digests) == len(names) and not await bench.worker.holds(1)
+    assert next(digests) == len(names) and not bench.worker.holds(1)
     await bench.receive(1)
     found = await bench.sampled(laws.members(8))
     assert largest(found.rollout_logprobs, bench.logprobs(1, found)) < bench.tolerance

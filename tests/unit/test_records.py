@@ -199,3 +199,17 @@ def test_a_column_is_read_once_and_only_the_table_travels() -> None:
     again = pickle.loads(pickle.dumps(prompts))
     assert vars(again).keys() == {"table"} and again.prompt_id == ["a", "b"]
     assert [ids.tolist() for ids in again.prompt_ids] == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize("span", [(0, 3), (1, 2), (0, 0)])
+def test_of_a_slice_only_its_rows_travel_and_arrive_without_a_copy(rollouts: Rollouts, span: tuple[int, int]) -> None:
+    many = Rollouts.concat([rollouts] * 100)
+    sent: list[pickle.PickleBuffer] = []
+    told = pickle.dumps(many.slice(*span), protocol=5, buffer_callback=sent.append)
+    (stream,) = sent
+    assert stream.raw().nbytes < 5000 and len(told) < 500
+    arrived = pickle.loads(told, buffers=sent)
+    assert type(arrived) is Rollouts and arrived.table.equals(many.slice(*span).table)
+    assert arrived.table.schema == many.table.schema
+    for ids in arrived.response_ids:
+        assert np.shares_memory(ids, np.frombuffer(stream, np.uint8))
