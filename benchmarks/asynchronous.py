@@ -8,8 +8,8 @@ cores a core each. In turn, `--blocks` times:
 
     alone          sampling, and evaluation with update, each while nothing else runs (`bare_rooms.py`)
     asynchronous   `ppo.train` with max_staleness, from one iteration's record to the next
-    synchronous    the same with max_staleness 0, so that each waits for the other
-    both cores     synchronous, with two generation workers and two threads of the learner
+    synchronous    max_staleness 0, with two generation workers and two threads of the learner: each waits for the
+                   other, and has both cores then
 
 If sampling takes G and learning L alone, an iteration takes G + L one after the other and the larger of the two at
 best. The first iterations warm up, the last ones have no batch ahead of them: neither counts. Beside it what was
@@ -99,7 +99,7 @@ def main() -> None:
     args = arguments("Asynchronous against alone.", **defaults, rounds=5).parse_args()
     quiet_libraries()
     runs = {f"asynchronous, staleness {args.staleness}": (args.staleness, False)}
-    runs |= {"synchronous": (0, False), "synchronous, both cores": (0, True)}
+    runs |= {"synchronous, both cores": (0, True)}
     bare: list[dict[str, float]] = []
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     records: dict[str, list[Mapping[str, float]]] = {name: [] for name in runs}
@@ -133,7 +133,7 @@ def report(
     sampling, learning = (statistics.median(one[part] for one in bare) for part in ("sampling", "learning"))
     ideal = max(sampling, learning)
     medians = {name: statistics.median(of) for name, of in seconds.items()}
-    first, _, both = medians
+    first, both = medians
     rows = [
         ["sampling alone", f"{sampling:.2f}", "", "", "", ""],
         ["evaluation and update alone", f"{learning:.2f}", "", "", "", ""],

@@ -58,10 +58,10 @@ class DPOJob:
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Log-probabilities of whole responses under the policy as it starts: [K] for each prompt of the comparisons, and
-    for KTO's estimate of the KL of each prompt with another one's best response."""
+    for KTO's estimate of the KL of each prompt with another one's response."""
 
     of_rankings: Sequence[np.ndarray]
-    mismatches: Sequence[np.ndarray]  # another prompt's best response [R] for each prompt; none but for KTO
+    mismatches: Sequence[np.ndarray]  # another prompt's response [R] for each prompt; none but for KTO
     of_mismatches: np.ndarray
 
 
@@ -101,9 +101,10 @@ def _of_rankings(engine: TrainEngine, job: DPOJob, comparisons: Comparisons) -> 
 
 
 def _mismatches(comparisons: Comparisons, context: int) -> list[np.ndarray]:
-    """For each prompt the best response to the next one, what the policy would hardly say there, as far as it fits."""
-    best = [own[int(np.argmin(ranks))] for own, ranks in zip(comparisons.responses, comparisons.ranks, strict=True)]
-    pairs = zip(comparisons.prompt_ids, [*best[1:], *best[:1]], strict=True)
+    """For each prompt a response to the next one, what the policy would hardly say there, as far as it fits: the first
+    of the one, the second of the other, so that good and bad ones take turns."""
+    each = [own[number % len(own)] for number, own in enumerate(comparisons.responses)]
+    pairs = zip(comparisons.prompt_ids, [*each[1:], *each[:1]], strict=True)
     return [response[: context - len(prompt)] for prompt, response in pairs]
 
 

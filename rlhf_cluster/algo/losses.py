@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_cluster.algo.masked import at_tokens, masked_sum, mean_var, moments
+from rlhf_cluster.algo.off_policy import MOST
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +66,11 @@ def policy_loss(
     where it is not 0 (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 10), else c. Where A_t < 0 that bounds nothing from
     above: with a `dual_clip` d > 1 (Ye et al. 2020, arXiv:1912.09729, eq. 5) L_t is -A_t d at most there.
     With `lengths` [S] everything is flat, [N], one response after the other, and rho is the response's: the geometric
-    mean of its tokens' ratios (GSPO: Zheng et al. 2025, arXiv:2507.18071, eq. 7).
+    mean of its tokens' ratios (GSPO: Zheng et al. 2025, arXiv:2507.18071, eq. 7). Ratios beyond e^20 or below e^-20
+    count as that, and pull no more.
     Else all [B, T]; the gradient flows into `logprobs` alone. An empty mask gives zero loss and zero gradient.
     """
-    log_ratio = at_tokens(logprobs - old_logprobs.detach(), mask)
+    log_ratio = at_tokens(logprobs - old_logprobs.detach(), mask).clamp(-MOST, MOST)
     if lengths is not None:
         log_ratio = _response_means(log_ratio, lengths)
     ratio = log_ratio.exp()

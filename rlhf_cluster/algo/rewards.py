@@ -33,7 +33,7 @@ def shape_scores(
     return torch.where(ended, clipped, unended)
 
 
-def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
+def overlong_penalty(lengths: Tensor, limit: int, buffer: float) -> Tensor:
     """What a response loses that comes near the longest allowed (DAPO: Yu et al. 2025, arXiv:2503.14476, eq. 13).
 
         0 up to length L - B, then falling in a straight line to -1 at L

@@ -23,7 +23,8 @@ def of_generation(cfg: RunConfig, policy: Path, incarnation: str, adapter_rank: 
 def of_reward(cfg: RunConfig, policy: Path, reward_model: Path | None) -> Arguments:
     """Of a `RewardWorker`. `policy`: whose tokens are read; `reward_model`: stage 2's, where there is one."""
     model, budget = cfg.model, reward_budget_s(cfg)
-    inputs = ScorerInputs(str(reward_model), str(policy), model.dtype, model.attention, cfg.seed, budget)
+    computing = (model.dtype, model.attention, cfg.seed)
+    inputs = ScorerInputs(str(reward_model), str(policy), *computing, budget, model.chat_template)
     return from_here(cfg.reward), inputs
 
 

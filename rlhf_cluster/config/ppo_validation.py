@@ -144,11 +144,6 @@ def _validate_scores(cfg: RunConfig) -> None:
         f"generation.ignore_eos=true: no response ends, so ppo.missing_eos_penalty={penalty:g} would fall on all "
         "alike; use ppo.missing_eos=subtract and 0",
     )
-    longest = cfg.generation.max_response_tokens
-    require(
-        ppo.overlong_buffer <= longest,
-        f"ppo.overlong_buffer={ppo.overlong_buffer} is more than generation.max_response_tokens={longest}; lower it",
-    )
 
 
 def _validate_kl(cfg: RunConfig) -> None:

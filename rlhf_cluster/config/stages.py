@@ -1,6 +1,7 @@
 """Keys of the stages: supervised fine-tuning, reward model, DPO, PPO.
 
-Where the paper gives a value, that is the default and the comment says so.
+Where the paper gives a value the comment says it. It is the default, but for sizes and lengths, and for what the paper
+adds to plain SFT and PPO: those are the recipes'.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from rlhf_cluster.config.bounds import at_least, count, fraction, not_negative, 
 from rlhf_cluster.config.workers import EngineConfig, OptimizerConfig, Resources
 
 RAIL_ACTIONS = ("warn", "skip", "rollback", "stop")
-LATE_RAIL_ACTIONS = tuple(action for action in RAIL_ACTIONS if action != "skip")
 GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 ADVANTAGES = ("gae", "reinforce_plus_plus", *GROUP_ADVANTAGES)
 
@@ -20,7 +20,7 @@ ADVANTAGES = ("gae", "reinforce_plus_plus", *GROUP_ADVANTAGES)
 class SFTConfig:
     """Stage 1, supervised fine-tuning (InstructGPT section 3.5, C.1)."""
 
-    epochs: int = count(1)
+    epochs: int = count(1)  # 16 in InstructGPT C.1, 2 in C.3
     batch_size: int = count(32)  # packed sequences of a step over all workers
     packing: bool = True  # several demonstrations share a sequence, attention kept apart
     dropout: float = fraction(0.0)  # on what each layer adds to the residual stream; 0.2 in InstructGPT C.1
@@ -151,24 +151,23 @@ class RailConfig:
     action: str = one_of(*RAIL_ACTIONS, default="warn")  # skip the update, rollback to a checkpoint's policy, stop
     # the run
 
-
-@dataclass
-class LateRailConfig(RailConfig):
-    """Of what is seen when the update has been made, and cannot be skipped any more."""
-
-    action: str = one_of(*LATE_RAIL_ACTIONS, default="warn")
+    def withholds(self, value: float) -> bool:
+        """Whether an optimizer step of this value is not to be taken."""
+        return self.limit > 0 and self.action != "warn" and not value <= self.limit
 
 
 @dataclass
 class GuardrailsConfig:
-    """What a run is kept within. The first three are looked at before an update, the others in it and after."""
+    """What a run is kept within. The first four are looked at before an update, the others in it and after."""
 
     kl: RailConfig = field(default_factory=RailConfig)  # nats per response from the reference, at most
     entropy: RailConfig = field(default_factory=RailConfig)  # nats per token, at least
     length: RailConfig = field(default_factory=RailConfig)  # mean length as a factor of the first batch's, either way
-    clipfrac: LateRailConfig = field(default_factory=LateRailConfig)  # share of tokens that the update clipped, at most
-    grad_norm: RailConfig = field(default_factory=RailConfig)  # of an optimizer step, before clipping, at most: but for
-    # warn, a step beyond it is not taken
+    score: RailConfig = field(default_factory=RailConfig)  # mean score, in standard deviations of all scores so far
+    # from their mean, either way
+    clipfrac: RailConfig = field(default_factory=RailConfig)  # share of a minibatch's tokens that are clipped, at most
+    grad_norm: RailConfig = field(default_factory=RailConfig)  # of an optimizer step, before clipping, at most. But for
+    # warn, a step beyond one of these two is not taken
     max_skips: int = count(10)  # updates in a row that moved no weight, with which the run stops
     not_finite: str = one_of(*RAIL_ACTIONS, default="stop")  # a gradient that is NaN or infinite moves nothing, so warn
     # is skip here
@@ -183,7 +182,7 @@ class GuardrailsConfig:
 class PPOConfig:
     """Stage 3, proximal policy optimization (InstructGPT section 3.5, C.4)."""
 
-    steps: int = count(100)  # iterations
+    steps: int = count(100)  # iterations; 500 in InstructGPT C.4
     batch_size: int = count(512)  # responses of an iteration
     samples_per_prompt: int = count(1)
     minibatch_size: int = count(64)  # responses of an optimizer step
@@ -215,8 +214,8 @@ class PPOConfig:
         0.0
     )  # replace: above 0, or not to end would pay wherever scores are below
     score_norm: bool = False  # scores are brought to mean 0 and deviation 1 by those of all batches so far
-    overlong_buffer: int = not_negative(0)  # last tokens of max_response_tokens, in which length costs more and more
-    # (DAPO); 0: none
+    overlong_buffer: float = fraction(0.0)  # the last share of max_response_tokens, in which length costs more and more
+    # (DAPO: 0.2); 0: none
     overlong_penalty: float = not_negative(1.0)  # what the longest response costs then
     score_clip: float = not_negative(0.0)  # scores are clipped to +-this, after `score_norm`; 0: not clipped
     ema_decay: float = fraction(0.0)  # of an average of the policy's weights over optimizer steps; 0.992 in InstructGPT

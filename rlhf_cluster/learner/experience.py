@@ -126,7 +126,8 @@ def _shaped_scores(
     if not cfg.overlong_buffer:
         return shaped
     lengths = torch.tensor([len(row.response_ids) for row in rows])
-    return shaped + cfg.overlong_penalty * overlong_penalty(lengths, max_response_tokens, cfg.overlong_buffer)
+    buffer = cfg.overlong_buffer * max_response_tokens
+    return shaped + cfg.overlong_penalty * overlong_penalty(lengths, max_response_tokens, buffer)
 
 
 def _whiten(values: torch.Tensor, mask: torch.Tensor, ranks: Ranks, shift_mean: bool) -> torch.Tensor:

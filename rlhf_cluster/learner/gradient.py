@@ -62,11 +62,13 @@ class Terms:
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """What the policy said on the way, f32 [N] without gradient, and the sum that `actor/ppo_kl` is the mean of."""
+    """What the policy said on the way, f32 [N] without gradient, and the sums over tokens that `actor/ppo_kl` and
+    `actor/pg_clipfrac` are the means of."""
 
     logprobs: torch.Tensor
     entropies: torch.Tensor
     moved: float
+    clipped: float
 
 
 class PolicyGradient:
@@ -121,7 +123,7 @@ class PolicyGradient:
             self.tally.top("actor/first_ratio_max", loss.ratio_max)
             self.tally.bottom("actor/first_ratio_min", loss.ratio_min)
         self.seconds["actor"] += time.perf_counter() - start
-        return Computed(own, entropies.detach(), float(loss.ppo_kl_sum))
+        return Computed(own, entropies.detach(), float(loss.ppo_kl_sum), float(loss.pg_clipfrac_sum))
 
     def _weights(self, difference: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """What each token's loss is multiplied by, given the learner's logprob minus the sampler's: [N] -> [N]."""

@@ -83,9 +83,11 @@ class ActorCritic:
             adapters = Adapters(value.body, cfg.lora)
             self.critic = Critic(value, adapters, TrainEngine(value, cfg.engine, cfg.critic, dtype, ranks))
 
-    def step_policy(self, rate: float, guardrails: GuardrailsConfig, scale: float = 1.0) -> Step:
+    def step_policy(
+        self, rate: float, guardrails: GuardrailsConfig, scale: float = 1.0, withheld: bool = False
+    ) -> Step:
         """One optimizer step on the gradient times `scale`, which the average follows. A collective."""
-        step = guarded_step(self.policy, rate, guardrails, scale)
+        step = guarded_step(self.policy, rate, guardrails, scale, withheld)
         if step.taken and self.average is not None:
             self.average.update()
         return step

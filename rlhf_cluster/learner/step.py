@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rlhf_cluster.config import GuardrailsConfig
-from rlhf_cluster.engine.engine import TrainEngine
+from rlhf_cluster.engine.engine import NEVER, TrainEngine
 from rlhf_cluster.learner.statistics import Tally
 
 
@@ -27,10 +27,12 @@ class Step:
         tally.mean(f"{model}/steps_skipped", float(not self.taken), 1)
 
 
-def guarded_step(engine: TrainEngine, rate: float, guardrails: GuardrailsConfig, scale: float = 1.0) -> Step:
-    """An optimizer step on the gradient times `scale`, that a gradient beyond its rail does not make, and one that is
-    not finite never does. A collective."""
+def guarded_step(
+    engine: TrainEngine, rate: float, guardrails: GuardrailsConfig, scale: float = 1.0, withheld: bool = False
+) -> Step:
+    """An optimizer step on the gradient times `scale`, that a gradient beyond its rail does not make, or one that is to
+    be `withheld`, and one that is not finite never does. A collective."""
     rail = guardrails.grad_norm
     limit = rail.limit if rail.limit and rail.action != "warn" else math.inf
-    norm = engine.step_within(rate, limit, scale)
-    return Step(norm, norm <= limit and math.isfinite(norm))
+    norm = engine.step_within(rate, NEVER if withheld else limit, scale)
+    return Step(norm, not withheld and norm <= limit and math.isfinite(norm))

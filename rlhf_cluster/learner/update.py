@@ -84,24 +84,34 @@ class Updater:
         scale = self._cfg.batch_size / divisor if streamed else 1.0  # of the gradient that is there already
         if text is not None and rates.policy:
             self._mix_gradient(text, scale)
-        moved = 0.0 if streamed else self._gradients(rows, size.tokens, divisor, rates, first)
+        sums = torch.zeros(2, dtype=torch.float64)
+        if not streamed:
+            sums = self._gradients(rows, size.tokens, divisor, rates, first)
+        moved, clipped = (self._models.ranks.sum(sums) / size.tokens).tolist()
         start = time.perf_counter()
         if rates.policy:
-            self._models.step_policy(rates.policy, self._cfg.guardrails, scale).tally(self._tally, "actor")
+            rails = self._cfg.guardrails
+            self._tally.top("actor/pg_clipfrac_max", clipped)
+            step = self._models.step_policy(rates.policy, rails, scale, withheld=rails.clipfrac.withholds(clipped))
+            step.tally(self._tally, "actor")
         self._models.critic.step(rates.critic, self._cfg.guardrails, self._tally)
         self._seconds["optimizer"] += time.perf_counter() - start
-        return float(self._models.ranks.sum(torch.tensor(moved, dtype=torch.float64))) / size.tokens
+        return float(moved)
 
-    def _gradients(self, rows: Sequence[int], tokens: float, divisor: float, rates: StepRates, first: bool) -> float:
-        """Into the buffers of policy and critic; returns this rank's share of the sum behind `actor/ppo_kl`."""
+    def _gradients(
+        self, rows: Sequence[int], tokens: float, divisor: float, rates: StepRates, first: bool
+    ) -> torch.Tensor:
+        """Into the buffers of policy and critic; returns this rank's share of the sums over tokens behind
+        `actor/ppo_kl` and `actor/pg_clipfrac`, f64 [2]."""
         members = [self._experience.rows[row] for row in rows]
-        moved = 0.0
+        sums = torch.zeros(2, dtype=torch.float64)
         for batch in self._models.micro_batches([m.prompt_ids for m in members], [m.response_ids for m in members]):
             if rates.policy:
                 terms = self._gradient.terms(batch, self._experience, rows, moved=True)
-                moved += self._gradient.add(batch, terms, divisor, self._controls.kl_loss_coef, first).moved
+                computed = self._gradient.add(batch, terms, divisor, self._controls.kl_loss_coef, first)
+                sums += torch.tensor([computed.moved, computed.clipped], dtype=torch.float64)
             self._value_gradient(batch, rows, tokens)
-        return moved
+        return sums
 
     def _mix_gradient(self, blocks: Sequence[np.ndarray], scale: float) -> None:
         """Into the policy's gradient that the minibatch adds to, which the step multiplies by `scale`: coefficient x

@@ -1,19 +1,20 @@
 """Limits that a run is kept within, and what is done where one is passed: warn, skip the update, roll back, or stop.
 
-Looks at each batch before its update (KL, entropy, lengths) and at what the update says of itself after (clip fraction,
-gradient norms); gives alarms, and leaves it to the loop to act. A gradient beyond its limit is kept from the weights by
-the learner, inside the optimizer's step. It knows neither rooms nor configuration.
+Looks at each batch before its update (KL, entropy, lengths, scores) and at what the update says of itself after (clip
+fraction, gradient norms); gives alarms, and leaves it to the loop to act. A minibatch beyond one of the latter is kept
+from the weights by the learner, inside the optimizer's step. It knows neither rooms nor configuration.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from rlhf_cluster.algo.rewards import ScoreMoments
 from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
 
 ACTIONS = ("warn", "skip", "rollback", "stop")  # the later one wins where several are due
@@ -43,8 +44,8 @@ def gravest(alarms: Sequence[Alarm]) -> str:
 
 
 class Guardrails:
-    """One rail for each of `kl`, `entropy`, `length`, `clipfrac` and `grad_norm`; `not_finite`: what is done where a
-    gradient was NaN or infinite, which no limit says.
+    """One rail for each of `kl`, `entropy`, `length`, `score`, `clipfrac` and `grad_norm`; `not_finite`: what is done
+    where a gradient was NaN or infinite, which no limit says.
 
     `max_skips`: updates in a row that moved no weight, with which it is time to stop: what led to the first is likely
     to lead to the next.
@@ -55,10 +56,12 @@ class Guardrails:
         self._skips = 0.0  # in a row
         self._same: dict[int, int] = {}  # versions that got the weights of an earlier one, and which
         self._first_length = 0.0  # mean response length of the first batch, which drift is measured from
+        self._scores = ScoreMoments()  # of all batches before
 
     def before(self, batch: ScoredRollouts) -> list[Alarm]:
         """Of a batch that is about to be trained on. KL in nats per response, entropy in nats per token, both estimated
-        from the sampled tokens; the length as a factor of the first batch's, either way."""
+        from the sampled tokens; the length as a factor of the first batch's, and the mean score in standard deviations
+        from those so far, either way."""
         tokens = np.concatenate(batch.rollout_logprobs)
         length = float(len(tokens)) / len(batch)
         self._first_length = self._first_length or length
@@ -67,6 +70,7 @@ class Guardrails:
         found = [
             self._above("length", drift, f"times off the first length: {lengths}"),
             self._below("entropy", -float(tokens.mean(dtype=np.float64)), "nats per token of the policy's entropy"),
+            self._score(batch.score),
         ]
         if isinstance(batch, ReferencedRollouts):
             apart = tokens - np.concatenate(batch.ref_logprobs)
@@ -74,13 +78,21 @@ class Guardrails:
             found.append(self._above("kl", kl, "nats per response from the reference"))
         return [alarm for alarm in found if alarm is not None]
 
+    def _score(self, scores: np.ndarray) -> Alarm | None:
+        seen, mean = replace(self._scores), float(scores.mean(dtype=np.float64))
+        self._scores.tell(scores)
+        if not seen.count:
+            return None
+        told = f"standard deviations is the mean score of {mean:.4g} from that of all before, {seen.mean:.4g}"
+        return self._above("score", abs(mean - seen.mean) / seen.std, told)
+
     def after(self, metrics: Mapping[str, float]) -> list[Alarm]:
         """Of an update that was made or skipped: the learner's own metrics. Without a critic it has no norm; and while
         the critic warms up alone, or where all was skipped, the policy has no clip fraction."""
         not_finite = max(of_models(metrics, "not_finite"), default=0.0)
         norm = math.inf if not_finite else max(of_models(metrics, "grad_norm_max"), default=0.0)
         found = [
-            self._above("clipfrac", metrics.get("actor/pg_clipfrac", 0.0), "of the tokens were clipped"),
+            self._above("clipfrac", metrics.get("actor/pg_clipfrac_max", 0.0), "of a minibatch's tokens were clipped"),
             self._above("grad_norm", norm, "is the largest gradient norm of a step"),
         ]
         alarms = [alarm for alarm in found if alarm is not None]
@@ -110,11 +122,13 @@ class Guardrails:
     def state(self) -> dict[str, Any]:
         """All that `restore` needs."""
         same = {str(version): first for version, first in self._same.items()}
-        return {"first_length": self._first_length, "skips": self._skips, "same": same}
+        scores = asdict(self._scores)
+        return {"first_length": self._first_length, "skips": self._skips, "same": same, "scores": scores}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._first_length, self._skips = state.get("first_length", 0.0), state.get("skips", 0.0)
         self._same = {int(version): first for version, first in state.get("same", {}).items()}
+        self._scores = ScoreMoments(**state.get("scores", {}))
 
     def _above(self, name: str, value: float, words: str) -> Alarm | None:
         rail = self._rails.get(name, Rail())

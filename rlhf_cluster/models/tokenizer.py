@@ -31,6 +31,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
+QUESTION = "<the question>"
 
 
 def load_tokenizer(path: Path, chat_template: str = "") -> PreTrainedTokenizerBase:
@@ -54,13 +55,23 @@ def load_tokenizer(path: Path, chat_template: str = "") -> PreTrainedTokenizerBa
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    question = [{"role": "user", "content": "question"}]
     try:
-        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        text = _rendered(tokenizer, QUESTION)
     except (TemplateError, ValueError, TypeError) as error:
         raise ModelError(f"the chat template for {path} does not render a user message: {error}") from error
-    if "question" not in text:
+    if QUESTION not in text:
         raise ModelError(f"the chat template for {path} leaves the user's message out; it renders {text!r}")
+
+
+def around_question(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template puts before and behind a user's only turn, up to where the answer begins."""
+    before, _, behind = _rendered(tokenizer, QUESTION).partition(QUESTION)
+    return before, behind
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    turns = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def context_length(path: Path) -> int:

@@ -13,13 +13,16 @@ Answer = float | None  # None: the function has nothing to say of this sample
 
 @dataclass(frozen=True)
 class Sample:
-    """One response with its prompt, as text without special tokens."""
+    """One response with its prompt, what the chat template makes of it, as text without special tokens. `given`: the
+    prompt alone, where its row had it as text. `raw`: prompt and response with their special tokens."""
 
     sample_id: str
     prompt: str
     response: str
     ended: bool  # it stopped by itself, rather than at the longest length
     columns: Mapping[str, Any] = field(default_factory=dict)  # the prompt row's own: an answer, a source, its messages
+    given: str = ""
+    raw: tuple[str, str] = ("", "")
 
 
 class CallFailed(Exception):

@@ -6,7 +6,8 @@
     verl       f(data_source, solution_str, ground_truth, extra_info=None) -> float | {"score": float, ...}
 
 TRL's functions are given messages where the row's prompt was given as messages, the response as one of the assistant's,
-and text where it was text.
+and text as it was given where it was text. OpenRLHF's are given what the model read and wrote, special tokens included.
+What a function says beside its score is not kept.
 
 Columns are the prompt row's own. Where a convention asks for one label, that is the column named in the config, or the
 place where verl's data sets have it, `reward_model.ground_truth`.
@@ -64,7 +65,7 @@ def _trl(
     function: Callable[..., Any], samples: Sequence[Sample], names: set[str], everything: bool
 ) -> Sequence[Answer]:
     given: dict[str, list[Any]] = {
-        "prompts": [sample.columns.get(MESSAGES) or sample.prompt for sample in samples],
+        "prompts": [sample.columns.get(MESSAGES) or sample.given for sample in samples],
         "completions": [_completion(sample) for sample in samples],
     }
     for column in dict.fromkeys(name for sample in samples for name in sample.columns if name != MESSAGES):
@@ -78,8 +79,8 @@ def _completion(sample: Sample) -> Any:
 
 def _openrlhf(function: Callable[..., Any], samples: Sequence[Sample], label: str) -> Sequence[Answer]:
     answer = function(
-        queries=[sample.prompt + sample.response for sample in samples],
-        prompts=[sample.prompt for sample in samples],
+        queries=["".join(sample.raw) for sample in samples],
+        prompts=[sample.raw[0] for sample in samples],
         labels=[_truth(sample, label) for sample in samples],
     )
     return numbers(answer["rewards"] if isinstance(answer, Mapping) else answer)

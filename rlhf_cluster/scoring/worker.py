@@ -18,7 +18,7 @@ from rlhf_cluster.config import COMPUTED_REWARDS, ConfigError, RewardConfig, Rew
 from rlhf_cluster.models.batching import in_order, micro_batches, singles
 from rlhf_cluster.models.load import compute_device, resolve_attention, resolve_dtype
 from rlhf_cluster.models.score_head import ScalarHeadModel
-from rlhf_cluster.models.tokenizer import load_tokenizer
+from rlhf_cluster.models.tokenizer import around_question, load_tokenizer
 from rlhf_cluster.records import Rollouts, Scores
 from rlhf_cluster.scoring.function import START_S, FunctionCall
 from rlhf_cluster.scoring.function_process import FunctionSpec
@@ -119,6 +119,7 @@ class ScorerInputs:
     attention: str
     seed: int
     budget_s: float
+    chat_template: str = ""  # where it is not the tokenizer's own
 
 
 class RewardWorker:
@@ -131,7 +132,7 @@ class RewardWorker:
             for name, part in part_names(cfg).items()
         ]
         needs_text = any(isinstance(part.scorer, OfText) for part in self._parts)
-        self._tokenizer = load_tokenizer(Path(inputs.tokenizer)) if needs_text else None
+        self._tokenizer = load_tokenizer(Path(inputs.tokenizer), inputs.chat_template) if needs_text else None
 
     def score(self, rollouts: Rollouts) -> Scores:
         samples = self._samples(rollouts)
@@ -165,16 +166,22 @@ class RewardWorker:
         return f"{part.name}: {failure}" if part.on_failure == "drop" else ""
 
     def _samples(self, rollouts: Rollouts) -> list[Sample]:
-        if self._tokenizer is None:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
             return []
         own = [name for name in rollouts.table.column_names if name not in Rollouts.COLUMNS]
         rows = rollouts.table.select(own).to_pylist() if own else [{} for _ in range(len(rollouts))]
-        texts = [
-            [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in column]
-            for column in (rollouts.prompt_ids, rollouts.response_ids)
-        ]
+        before, behind = around_question(tokenizer)
+
+        def texts(ids: list[np.ndarray], special: bool = False) -> list[str]:
+            return [tokenizer.decode(row, skip_special_tokens=not special) for row in ids]
+
+        prompts, responses = texts(rollouts.prompt_ids), texts(rollouts.response_ids)
+        raw = list(zip(texts(rollouts.prompt_ids, True), texts(rollouts.response_ids, True), strict=True))
+        given = [whole.removeprefix(before).removesuffix(behind) for whole, _ in raw]
         ended = [reason == "stop" for reason in rollouts.finish_reason]
-        return [Sample(*fields) for fields in zip(rollouts.sample_id, *texts, ended, rows, strict=True)]
+        columns = (rollouts.sample_id, prompts, responses, ended, rows, given, raw)
+        return [Sample(*fields) for fields in zip(*columns, strict=True)]
 
 
 def failure_policy(part: RewardPart) -> str:

@@ -521,13 +521,13 @@ def test_steps_that_are_never_taken_stop(tmp_path: Path, action: str) -> None:
 
 def test_a_rail_that_stops_names_itself_and_leaves_the_checkpoint(tmp_path: Path) -> None:
     run = RunOfLoop(tmp_path)
-    run.fakes.learner.told[2] = {"actor/pg_clipfrac": 0.9}
+    run.fakes.learner.told[2] = {"actor/pg_clipfrac_max": 0.9}
     with pytest.raises(BaseExceptionGroup) as raised:
         run(save_every=1, **rail(clipfrac=RailConfig(0.5, "stop")))
     (error,) = leaves(raised.value)
     assert isinstance(error, ppo.GuardrailError)
-    words = "iteration 3 was stopped by ppo.guardrails (clipfrac: 0.9 of the tokens were clipped; the limit is 0.5)"
-    assert str(error) == words
+    words = "clipfrac: 0.9 of a minibatch's tokens were clipped; the limit is 0.5"
+    assert str(error) == f"iteration 3 was stopped by ppo.guardrails ({words})"
     last = run.checkpoints.latest()
     assert last is not None and last.step == 2 and run.left == []
     assert run.metrics[-1].step == 3 and run.metrics[-1].metrics["guard/clipfrac"] == 0.9

@@ -136,13 +136,14 @@ def test_what_is_held_out_is_measured_by_the_loss_that_is_trained(
 
 
 def test_kto_is_measured_from_the_kl_of_mismatched_pairs(tiny: Path, one_rank: Ranks, tmp_path: Path) -> None:
-    """Each prompt with the best response to the next: 0 at the start, and never below."""
+    """Each prompt with a response to the next, good and bad ones in turn: 0 at the start, and never below."""
     work = job(tiny, tmp_path, loss="kto")
     trained = engine(tiny, work, one_rank)
     reference = refer(trained, work)
     shown, model = work.comparisons, load_policy(tiny, None, "eager")
-    expected = [
-        float(logprob(model, shown.prompt_ids[i], shown.responses[(i + 1) % 10][0]).detach()) for i in range(10)
-    ]
+    others = [(i + 1) % 10 for i in range(10)]
+    others_responses = [shown.responses[other][other % len(shown.responses[other])] for other in others]
+    pairs = zip(shown.prompt_ids, others_responses, strict=True)
+    expected = [float(logprob(model, *pair).detach()) for pair in pairs]
     assert reference.of_mismatches.tolist() == pytest.approx(expected, abs=1e-4)
     assert gradient(trained, work, np.arange(4), reference)["dpo/kl"] == pytest.approx(0.0, abs=1e-4)

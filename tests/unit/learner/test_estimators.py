@@ -131,9 +131,8 @@ def test_every_kind_says_whether_it_needs_a_critic() -> None:
 
 def test_length_costs_within_the_buffer(row: Callable[..., EvaluatedRow], on_ranks: OnRanks) -> None:
     """Of 6 tokens at most, a buffer of 4: 3 tokens cost a quarter of 2.0, 2 tokens nothing."""
-    cfg = PPOConfig(
-        overlong_buffer=4, overlong_penalty=2.0, advantage=AdvantageConfig("reinforce_plus_plus", whiten=False)
-    )
+    advantage = AdvantageConfig("reinforce_plus_plus", whiten=False)
+    cfg = PPOConfig(overlong_buffer=4 / LONGEST, overlong_penalty=2.0, advantage=advantage)
     (experience,) = on_ranks(1, lambda ranks: make_experience(group_rows(row), cfg, Controls(0.0), ranks, LONGEST))
     assert experience.rewards[0].tolist() == [0.0, 1.0]
     assert experience.rewards[2].tolist() == [0.0, 0.0, 1.5]

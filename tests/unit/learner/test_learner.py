@@ -77,6 +77,19 @@ def test_guardrails_read_what_the_learner_says(start: Start) -> None:
     assert [alarm.name for alarm in rails.after(said)] == ["clipfrac", "grad_norm"]
 
 
+@pytest.mark.parametrize("action", ["warn", "skip", "stop"])
+def test_a_minibatch_that_is_clipped_beyond_its_rail_moves_nothing_but_for_warn(start: Start, action: str) -> None:
+    """The first of eight is clipped nowhere; the policy that it leaves is beyond the clip in each of the others."""
+    guardrails = GuardrailsConfig(clipfrac=RailConfig(1e-9, action))
+    plain, railed = start(epochs=4, clip=1e-3), start(epochs=4, clip=1e-3, guardrails=guardrails)
+    without, said = updated(plain), updated(railed)
+    assert without["actor/steps_skipped"] == said["critic/steps_skipped"] == 0.0
+    assert said["actor/steps_skipped"] == (0.0 if action == "warn" else 7 / 8)
+    alarms = Guardrails({"clipfrac": Rail(1e-9, action)}).after(said)
+    assert [(alarm.name, alarm.action) for alarm in alarms] == [("clipfrac", action)]
+    assert (distance(plain, railed) == 0.0) == (action == "warn")
+
+
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_said(start: Start) -> None:
     """One score that is NaN, whitened into all advantages; of the critic's minibatches, one."""
     worker, table = start(), rows().table

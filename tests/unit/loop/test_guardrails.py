@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
 
@@ -11,7 +12,7 @@ from rlhf_cluster.loop.guardrails import ACTIONS, Alarm, Guardrails, Rail, grave
 from rlhf_cluster.records import ReferencedRollouts, ScoredRollouts
 
 
-def batch(logprobs: list[list[float]], apart: float = 0.0) -> ReferencedRollouts:
+def batch(logprobs: list[list[float]], apart: float = 0.0, scores: Sequence[float] = ()) -> ReferencedRollouts:
     """Each token `apart` nats from the reference."""
     count = len(logprobs)
     return ReferencedRollouts.of(
@@ -28,7 +29,7 @@ def batch(logprobs: list[list[float]], apart: float = 0.0) -> ReferencedRollouts
             "finish_reason": ["stop"] * count,
             "temperature": [1.0] * count,
             "incarnation": ["test"] * count,
-            "score": [0.0] * count,
+            "score": scores or [0.0] * count,
             "failure": [""] * count,
             "ref_logprobs": [[value - apart for value in own] for own in logprobs],
         }
@@ -42,7 +43,7 @@ def named(alarms: list[Alarm]) -> dict[str, tuple[str, str]]:
 def test_nothing_is_watched_by_default() -> None:
     rails = Guardrails({})
     assert rails.before(batch([[-9.0] * 50], apart=99.0)) == []
-    assert rails.after({"actor/pg_clipfrac": 1.0, "actor/grad_norm_max": 1e9}) == []
+    assert rails.after({"actor/pg_clipfrac_max": 1.0, "actor/grad_norm_max": 1e9}) == []
 
 
 def test_kl_by_hand() -> None:
@@ -88,16 +89,29 @@ def test_lengths_drift_either_way_from_the_first_also_after_a_restart(length: in
     }
 
 
+@pytest.mark.parametrize(("mean", "apart"), [(1.0, 0.5), (3.5, 3.0), (-1.0, 1.5)])
+def test_scores_by_hand_either_way_also_after_a_restart(mean: float, apart: float) -> None:
+    """Two batches of scores 0 and 1: mean 0.5, standard deviation 0.5 - and 1 where the scores do not vary."""
+    rails = Guardrails({"score": Rail(1.2, "skip")})
+    rows = [[-1.0], [-1.0]]
+    assert rails.before(batch(rows, scores=[0.0, 1.0])) == rails.before(batch(rows, scores=[1.0, 0.0])) == []
+    again = Guardrails({"score": Rail(1.2, "skip")})
+    again.restore(json.loads(json.dumps(rails.state())))
+    found = named(again.before(batch(rows, scores=[mean, mean])))
+    told = f"{2 * apart:g} standard deviations is the mean score of {mean:g} from that of all before, 0.5"
+    assert found == ({"score": ("skip", f"{told}; the limit is 1.2")} if 2 * apart > 1.2 else {})
+
+
 def test_what_the_update_says_of_itself() -> None:
     rails = Guardrails({"clipfrac": Rail(0.3), "grad_norm": Rail(5.0, "rollback")})
-    assert rails.after({"actor/pg_clipfrac": 0.3, "actor/grad_norm_max": 5.0, "critic/grad_norm_max": 1.0}) == []
-    found = named(rails.after({"actor/pg_clipfrac": 0.4, "actor/grad_norm_max": 1.0, "critic/grad_norm_max": 7.0}))
-    assert found["clipfrac"] == ("warn", "0.4 of the tokens were clipped; the limit is 0.3")
+    assert rails.after({"actor/pg_clipfrac_max": 0.3, "actor/grad_norm_max": 5.0, "critic/grad_norm_max": 1.0}) == []
+    found = named(rails.after({"actor/pg_clipfrac_max": 0.4, "actor/grad_norm_max": 1.0, "critic/grad_norm_max": 7.0}))
+    assert found["clipfrac"] == ("warn", "0.4 of a minibatch's tokens were clipped; the limit is 0.3")
     assert found["grad_norm"] == ("rollback", "7 is the largest gradient norm of a step; the limit is 5")
 
 
 def test_what_is_not_a_number_has_passed_every_limit() -> None:
-    (alarm,) = Guardrails({"clipfrac": Rail(0.3)}).after({"actor/pg_clipfrac": math.nan})
+    (alarm,) = Guardrails({"clipfrac": Rail(0.3)}).after({"actor/pg_clipfrac_max": math.nan})
     assert alarm.sentence[:3] == "nan" and math.isnan(alarm.value)
 
 

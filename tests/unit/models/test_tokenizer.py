@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_cluster.models import ModelError
 from rlhf_cluster.models.batching import micro_batches, singles
 from rlhf_cluster.models.tiny import byte_tokenizer
-from rlhf_cluster.models.tokenizer import context_length, load_tokenizer
+from rlhf_cluster.models.tokenizer import around_question, context_length, load_tokenizer
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -33,6 +33,10 @@ def test_plain_template_by_hand(bare: Path) -> None:
     assert tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True) == (
         "Be brief.\n\nUser:\nCapital of France?\n\nAssistant:\nParis.<|im_end|>\n\nUser:\nOf Italy?\n\nAssistant:\n"
     )
+
+
+def test_what_the_template_puts_around_a_question(bare: Path) -> None:
+    assert around_question(load_tokenizer(bare)) == ("User:\n", "\n\nAssistant:\n")
 
 
 def test_prompt_is_a_prefix_of_the_conversation_that_goes_on(bare: Path) -> None:

@@ -15,12 +15,20 @@ from rlhf_cluster.scoring.samples import Sample
 from rlhf_cluster.scoring.signatures import SignatureError, adapt
 
 SAMPLES = [
-    Sample("s0", "2+2=", "4", True, {"answer": "4", "data_source": "sums", "extra_info": {"level": 1}}),
-    Sample("s1", "3+3=", "7", False, {"answer": "6", "data_source": "sums", "extra_info": {"level": 2}}),
+    Sample(
+        *("s0", "user\n2+2=\n", "4", True, {"answer": "4", "data_source": "sums", "extra_info": {"level": 1}}),
+        *("2+2=", ("<user>2+2=<bot>", "4<end>")),
+    ),
+    Sample(
+        *("s1", "user\n3+3=\n", "7", False, {"answer": "6", "data_source": "sums", "extra_info": {"level": 2}}),
+        *("3+3=", ("<user>3+3=<bot>", "7")),
+    ),
 ]
 TURNS = [{"role": "system", "content": "Think."}, {"role": "user", "content": "2+2="}]
 TALK = Sample(
-    "s2", "Think.2+2=", "<think>\n2+2\n</think>\n\\boxed{4}", True, {"answer": "4", "solution": "$4$", "prompt": TURNS}
+    *("s2", "Think.2+2=", "<think>\n2+2\n</think>\n\\boxed{4}", True),
+    {"answer": "4", "solution": "$4$", "prompt": TURNS},
+    raw=("<system>Think.<user>2+2=<bot>", "<think>\n2+2\n</think>\n\\boxed{4}<end>"),
 )
 
 
@@ -71,7 +79,7 @@ def test_trls_own_rewards() -> None:
 
 def test_the_other_conventions_get_text_whatever_the_prompt_was() -> None:
     def openrlhfs(queries: list[str], prompts: list[str], labels: list[str]) -> list[float]:
-        return [float(queries == [TALK.prompt + TALK.response] and prompts == [TALK.prompt] and labels == ["4"])]
+        return [float(queries == ["".join(TALK.raw)] and prompts == [TALK.raw[0]] and labels == ["4"])]
 
     def verls(solution_str: str, ground_truth: str) -> float:
         return float((solution_str, ground_truth) == (TALK.response, "4"))
@@ -85,7 +93,7 @@ def test_the_other_conventions_get_text_whatever_the_prompt_was() -> None:
 @pytest.mark.parametrize("wrap", [list, np.array, torch.tensor, lambda scores: {"rewards": torch.tensor(scores)}])
 def test_openrlhfs(wrap: Any) -> None:
     def reward_func(queries: list[str], prompts: list[str], labels: list[str], **kwargs: Any) -> Any:
-        right = [q == p + a for q, p, a in zip(queries, prompts, labels, strict=True)]
+        right = [q == f"{p}{a}<end>" and p[:6] == "<user>" for q, p, a in zip(queries, prompts, labels, strict=True)]
         return wrap([1.0 if r else -1.0 for r in right])
 
     assert adapt(reward_func, "answer")(SAMPLES) == [1.0, -1.0]

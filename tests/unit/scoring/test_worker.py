@@ -103,7 +103,7 @@ def test_messages_of_a_prompt_reach_a_function_of_trls(rollouts: Rollouts, tiny:
     (tmp_path / "mine.py").write_text(
         "def score(prompts, completions, answer, **columns):\n"
         "    assert prompts[0] == [{'role': 'user', 'content': '2+2='}] and not columns, (prompts, columns)\n"
-        "    assert isinstance(prompts[1], str) and prompts[1].count('3+3=') == 1, prompts\n"
+        "    assert prompts[1] == '3+3=', prompts\n"
         "    return [float(completions[0][0]['content'] == answer[0]), float(completions[1] == answer[1])]\n"
     )
     given = [[{"role": "user", "content": "2+2="}], "3+3="]
