@@ -53,7 +53,7 @@ class LearnerHost(Hosted, LearnerWorker):
 
     def open_direct(self, transport: str, workers: Sequence[Host], processes: int, timeout_s: float) -> None:
         """Meets the engines of these workers. A collective."""
-        import vllm  # noqa: F401  takes a quarter of a minute, after which a port that was free might not be
+        from rlhf_cluster.weights import gloo  # noqa: F401  loads vLLM, for a quarter of a minute: no port waits for it
 
         at = Rendezvous(transport, self._ranks.rank, *self.endpoint(), processes * len(workers), timeout_s)
         self._engines = WorkersEngines(workers, processes, timeout_s, transport)

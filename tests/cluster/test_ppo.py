@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup
 from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, Starter, open_rooms
-from rlhf_cluster.config import LoRAConfig, RunConfig
+from rlhf_cluster.config import AdvantageConfig, KLConfig, LoRAConfig, RunConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.inputs import load_inputs
 from rlhf_cluster.records import Prompts, ReferencedRollouts
@@ -231,12 +231,12 @@ def test_zero_stages_and_numbers_of_ranks_agree(trained: Mapping[Any, Trained], 
 def test_weights_that_ranks_send_to_the_engines_themselves_are_the_same(
     scene: Scene, trained: Mapping[Any, Trained], runner: asyncio.Runner, tmp_path: Path
 ) -> None:
-    """Over gloo, from two ranks at stage 3 to two workers, who have no need of the store then."""
+    """Over gloo, from two ranks at stage 3 to two workers, each of whom gets what the store would have given it."""
     sent = runner.run(scene.train_from_the_start(tmp_path, 3, 2, transport="gloo"))
     assert distance(sent, trained[(3, 2)]) < 1e-4
     for step, metrics in sent.metrics.items():
         assert metrics["rollout/logprob_diff_max"] < 1e-4
-        assert metrics.get("sync/bytes", 0) == 0
+        assert metrics["sync/bytes"] == pytest.approx(trained[(3, 2)].metrics[step]["sync/bytes"], rel=0.05)
         assert set(np.concatenate(sent.rollouts[step].weight_versions).tolist()) == {step}
 
 
@@ -250,6 +250,36 @@ def test_adapters_are_the_same_on_one_rank_and_on_two(
     assert distance(one, other) < 1e-4
     assert distance(sent, other) < 1e-4
     assert distance(one, trained[(0, 1)]) > 1e-3, "without adapters it would be the same"
+
+
+def test_gradients_that_stream_are_the_same_on_one_rank_and_on_packed_ones(
+    scene: Scene, runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    """Groups without a critic, ratios and means of whole responses, each row computed once as it arrives."""
+    ppo_cfg = dataclasses.replace(
+        scene.cfg.ppo,
+        epochs=1,
+        minibatch_size=scene.cfg.ppo.batch_size,
+        ratio="response",
+        loss_mean="response",
+        advantage=AdvantageConfig("grpo", whiten=False),
+        kl=KLConfig(coef=0.0, loss_coef=0.04),
+    )
+    assert ppo_cfg.streams_gradients
+    apart = dataclasses.replace(scene, cfg=dataclasses.replace(scene.cfg, ppo=ppo_cfg))
+    learner = dataclasses.replace(scene.cfg.learner, packing=True)
+    cfg = dataclasses.replace(apart.cfg, learner=learner, ppo=dataclasses.replace(ppo_cfg, share_prompts=False))
+    packed = dataclasses.replace(scene, cfg=cfg)
+    one, *others = (
+        runner.run(which.train_from_the_start(tmp_path / name, *gang))
+        for name, which, gang in (("one", apart, (0, 1)), ("two", packed, (3, 2)), ("four", apart, (2, 4)))
+    )
+    story = [name for name in STORY if name.startswith(("actor/", "objective/"))]
+    for other in others:
+        for step in range(STEPS):
+            mine, theirs = ({name: of.metrics[step][name] for name in story} for of in (other, one))
+            assert mine == SAME(theirs, rel=1e-4, abs=1e-4)
+        assert distance(other, one, ("policy", "ema")) < 1e-4
 
 
 def test_in_bfloat16_learner_and_vllm_differ_by_rounding(
@@ -274,10 +304,10 @@ def test_in_bfloat16_learner_and_vllm_differ_by_rounding(
     assert moved > 2e-2, "workers with older weights would pass"
 
 
-def distance(some: Trained, other: Trained) -> float:
+def distance(some: Trained, other: Trained, models: Sequence[str] = ("policy", "critic", "ema")) -> float:
     """The largest difference between two final policies, critics and averages of the policy."""
     largest = 0.0
-    for model in ("policy", "critic", "ema"):
+    for model in models:
         mine, theirs = (
             load_file(which.checkpoints.directory / f"step-{STEPS}" / model / "model.safetensors")
             for which in (some, other)
