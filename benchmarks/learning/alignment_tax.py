@@ -13,8 +13,10 @@ beside this file, draws `alignment_tax.png` and prints the table of all that is 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import arms
@@ -52,33 +54,45 @@ def main() -> None:
         "text": xxhash.xxh3_64_hexdigest(heldout.encode()),
     }
     found = read(measured)
-    outcomes: dict[str, list[arms.Outcome]] = {}
     for seed in args.seeds:
         runs = one_seed(args.out / f"seed-{seed}", seed, train, args.coef)
-        for arm, run in runs.items():
-            outcomes.setdefault(arm, []).append(arms.outcome(run))
-        for stage, policy in policies(runs).items():
-            found.setdefault(stage, {})[seed] = perplexity(policy, heldout)
-            print(f"seed {seed}, {stage}: perplexity {found[stage][seed]:.3f}", flush=True)
-        RESULTS.write_text(json.dumps({**measured, "perplexity": found}, indent=1) + "\n")
-    print(arms.table(outcomes))
+        found.add(seed, runs, heldout)
+        RESULTS.write_text(json.dumps({**measured, **dataclasses.asdict(found)}, indent=1) + "\n")
+    print(arms.table({arm: list(of.values()) for arm, of in found.outcomes.items()}))
     print("| policy | perplexity | by seed |\n|---|---|---|")
-    for stage, values in found.items():
+    for stage, values in found.perplexity.items():
         mean, error = arms.mean_and_error(list(values.values()))
-        by_seed = ", ".join(f"{seed}: {value:.3f}" for seed, value in values.items())
-        print(f"| {stage} | {mean:.3f} ± {error:.3f} | {by_seed} |")
-    draw(found, HERE / "alignment_tax.png")
+        print(f"| {stage} | {mean:.3f} ± {error:.3f} | {', '.join(f'{value:.3f}' for value in values.values())} |")
+    draw(found.perplexity, HERE / "alignment_tax.png")
 
 
-def read(measured: dict[str, object]) -> dict[str, dict[int, float]]:
-    """Perplexities by policy and seed that earlier runs found. Raises SystemExit where they measured something else."""
+@dataclass
+class Found:
+    """By policy and seed."""
+
+    perplexity: dict[str, dict[int, float]] = field(default_factory=dict)
+    outcomes: dict[str, dict[int, arms.Outcome]] = field(default_factory=dict)
+
+    def add(self, seed: int, runs: dict[str, Path], heldout: str) -> None:
+        for arm, run in runs.items():
+            self.outcomes.setdefault(arm, {})[seed] = arms.outcome(run)
+        for stage, policy in policies(runs).items():
+            self.perplexity.setdefault(stage, {})[seed] = perplexity(policy, heldout)
+            print(f"seed {seed}, {stage}: perplexity {self.perplexity[stage][seed]:.3f}", flush=True)
+
+
+def read(measured: dict[str, object]) -> Found:
+    """What earlier runs found. Raises SystemExit where they measured something else."""
     if not RESULTS.is_file():
-        return {}
+        return Found()
     told = json.loads(RESULTS.read_text())
-    found = told.pop("perplexity")
+    perplexities, outcomes = told.pop("perplexity"), told.pop("outcomes")
     if told != measured:
         raise SystemExit(f"{RESULTS} was measured with {told}, not with {measured}; move it away to begin anew")
-    return {stage: {int(seed): value for seed, value in values.items()} for stage, values in found.items()}
+    return Found(
+        {stage: {int(seed): value for seed, value in values.items()} for stage, values in perplexities.items()},
+        {arm: {int(seed): arms.Outcome.of_json(one) for seed, one in of.items()} for arm, of in outcomes.items()},
+    )
 
 
 def split(text: Path, directory: Path) -> tuple[Path, str]:

@@ -1,12 +1,12 @@
 """How far can a score be raised before it stops to mean what it stood for? Reviews are steered towards praise by PPO
 against reward models of two sizes, with several KL coefficients; held-out prompts only.
 
-    python benchmarks/learning/sentiment.py --data FOLDER [--seeds 0 1 2] [--whole 0] [--out DIR]
+    python benchmarks/learning/sentiment.py --data FOLDER [--seeds 0 1 2] [--out DIR]
 
 The gold score is VADER's; the proxy is a reward model trained on VADER's rankings; a second lexicon (AFINN), which
 neither PPO nor the reward models ever see, judges blindly. Beside PPO stands best-of-n from the same SFT policy, and a
-random reward as a control. The forms of Gao et al. 2022 are fitted to what comes out. Seeds in `--whole` run the whole
-grid, the others the arms of the claim alone. FOLDER holds VADER's snippets (`snippets.py`).
+random reward as a control. The forms of Gao et al. 2022 are fitted to what comes out. FOLDER holds VADER's snippets
+(`snippets.py`).
 
 Every run is `rlhf-cluster run`, as a person types it; what is finished is not run again, nor a seed that has its
 figures in `sentiment.json`. Writes that file after every seed, leaves `sentiment.png` beside it, and prints the tables.
@@ -85,25 +85,23 @@ class RewardModel:
 REWARD_MODELS = {"large": RewardModel(0, 4000), "small": RewardModel(1, 300)}
 COEFFICIENTS = (0.0, 0.1, 0.5)
 CONTROL, BEFORE = "random", Path("stages/before/heldout.parquet")  # the control's directory; samples within a run's
-CLAIM = (("large", 0.1), ("large", 0.0), ("small", 0.0))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sentiment steering with over-optimisation.")
     parser.add_argument("--data", type=Path, required=True, help="the folder with VADER's snippets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--whole", type=int, nargs="*", default=[0], help="seeds that run the whole grid")
     parser.add_argument("--out", type=Path, default=Path("runs/learning/sentiment"))
     args = parser.parse_args()
     seeds = read_seeds()
     for seed in args.seeds:
         if seed not in seeds:
-            seeds[seed] = one_seed(Task(args.out / f"seed-{seed}", args.data, seed), whole=seed in args.whole)
+            seeds[seed] = one_seed(Task(args.out / f"seed-{seed}", args.data, seed))
             told = {seed: dataclasses.asdict(one) for seed, one in seeds.items()}
             RESULTS.write_text(json.dumps(told, indent=1) + "\n")
     asked = [seeds[seed] for seed in args.seeds]
     found = by_arm(one.outcomes for one in asked)
-    best = next((one.best for one in asked if one.best), [])
+    best = mean_best([one.best for one in asked])
     print(arms.table(found))
     print(table_of_text(by_arm(one.texts for one in asked)))
     fits = {name: fit_arm(outcomes) for name, outcomes in found.items() if name.endswith("coefficient 0")}
@@ -115,7 +113,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class OfSeed:
-    """What a seed gave, by arm: outcomes, and what their responses look like; the best of n where it ran the grid."""
+    """What a seed gave, by arm: outcomes, and what their responses look like; and the best of n."""
 
     outcomes: dict[str, arms.Outcome]
     texts: dict[str, Text]
@@ -134,14 +132,14 @@ def of_json(told: dict[str, Any]) -> OfSeed:
     return OfSeed(outcomes, texts, [Best(**one) for one in told["best"]])
 
 
-def one_seed(task: Task, whole: bool) -> OfSeed:
+def one_seed(task: Task) -> OfSeed:
     outcomes, texts = {}, {}
-    for arm, directory in task.arms(whole).items():
+    for arm, directory in task.arms().items():
         outcomes[arm] = one = arms.outcome(directory)
         texts[arm] = read_text(directory / "heldout_after.parquet", task.model)
         print(f"seed {task.seed}, {arm}: gold {one.before:+.3f} -> {one.after:+.3f}, KL {one.kl:.2f}", flush=True)
     texts = {"SFT": read_text(task.before, task.model), **texts}
-    return OfSeed(outcomes, texts, best_of_n(task.best_of_n()) if whole else [])
+    return OfSeed(outcomes, texts, best_of_n(task.best_of_n()))
 
 
 def by_arm(seeds: Iterable[dict[str, T]]) -> dict[str, list[T]]:
@@ -184,12 +182,12 @@ class Task:
             found[name] = f"reward.path={trained / 'stages' / 'rm' / 'reward_model'}"
         return found
 
-    def arms(self, whole: bool) -> dict[str, Path]:
+    def arms(self) -> dict[str, Path]:
         """The directory of each arm, run to its end."""
-        grid = [(name, coef) for name in REWARD_MODELS for coef in COEFFICIENTS] if whole else CLAIM
         asked = {
             f"PPO, {name} reward model, coefficient {coef:g}": (f"ppo-{name}-{coef:g}", self.rewards[name], coef)
-            for name, coef in grid
+            for name in REWARD_MODELS
+            for coef in COEFFICIENTS
         }
         asked["PPO, random reward"] = (CONTROL, "reward=random", 0.1)
         return {
@@ -265,6 +263,14 @@ def best_of_n(heldout: Path) -> list[Best]:
     sizes = [2**power for power in range(BEST_OF.bit_length())]
     return [
         Best(n, gao.kl_of_best_of_n(n), *(gao.best_of_n(score, value, n) for value in (gold, score))) for n in sizes
+    ]
+
+
+def mean_best(seeds: list[list[Best]]) -> list[Best]:
+    """Over seeds, for each n."""
+    return [
+        Best(of_n[0].n, of_n[0].kl, fmean(one.gold for one in of_n), fmean(one.score for one in of_n))
+        for of_n in zip(*seeds, strict=True)
     ]
 
 
