@@ -74,6 +74,7 @@ async def collect(
     if missing := [sample_id for sample_id in gone if sample_id not in kept]:
         await rooms.learner.replace(step, missing, [])
     if len(restored):
+        warn(f"iteration {step + 1}: the responses to each prompt scored alike; they are trained on, and teach nothing")
         await rooms.learner.add(step, restored)
     return admission.batch()
 

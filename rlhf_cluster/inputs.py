@@ -139,8 +139,9 @@ def _require_rewards(cfg: RunConfig, inputs: Inputs) -> None:
             try:
                 function.start()
             except FunctionLoadError as error:
-                what = part.path or part.pattern or part.schema
-                raise ConfigError(f"the reward {name} ({what}) cannot be loaded: {error}") from error
+                of = next(key for key in ("path", "pattern", "schema") if getattr(part, key))
+                told = f"{of}={getattr(part, of)}"
+                raise ConfigError(f"the reward {name} ({told}, in reward.parts) cannot be loaded: {error}") from error
             finally:
                 function.close()
     if cfg.reward.token_env and not os.environ.get(cfg.reward.token_env):

@@ -254,15 +254,14 @@ def write_down(
     log.show(step, batch)
 
 
-def failures_of_parts(rows: ScoredRollouts) -> list[str]:
-    """For each row the parts of its score that failed, and why; nothing where none did."""
+def failures_of_parts(rows: ScoredRollouts) -> list[list[str]]:
+    """For each row the parts of its score that failed, and why."""
     names = [name for name in rows.table.column_names if name.startswith("reward_failure/")]
     columns = [rows.table.column(name).to_pylist() for name in names]
     parts = [name.partition("/")[2] for name in names]
-    told = [
+    return [
         [f"{part}: {why}" for part, why in zip(parts, row, strict=True) if why] for row in zip(*columns, strict=True)
     ]
-    return ["; ".join(row) for row in told]
 
 
 def parts_of_score(rows: ScoredRollouts) -> dict[str, float]:

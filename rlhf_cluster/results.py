@@ -19,7 +19,10 @@ def result_policy(run_dir: Path) -> Path:
     for stage in ("dpo", "sft"):
         if trained := layout.stage_output(stage):
             return trained / "policy"
-    raise ConfigError(f"{run_dir} holds no finished policy yet; let the run go on until SFT is done")
+    raise ConfigError(
+        f"{run_dir} holds no policy yet; let the run go on: SFT and DPO leave one at their end, PPO with each "
+        "checkpoint (ppo.save_every) and at its end"
+    )
 
 
 def result_config(run_dir: Path) -> RunConfig:

@@ -44,7 +44,7 @@ class RankingLoss:
 
     loss: Tensor
     pairs: Tensor  # pairs of unequal rank
-    correct_pairs: Tensor  # of these, the pairs whose better response has the higher score
+    correct_pairs: Tensor  # of these, the pairs whose better response has the higher score; equal ones count half
     margin_sum: Tensor  # score of the better minus score of the worse
 
 
@@ -170,7 +170,7 @@ def _over_pairs(losses: Tensor, margins: Tensor) -> RankingLoss:
     return RankingLoss(
         loss=losses.sum() / max(len(losses), 1),
         pairs=torch.tensor(len(margins), device=margins.device),
-        correct_pairs=(margins.detach() > 0).sum(),
+        correct_pairs=(margins.detach() > 0).sum() + 0.5 * (margins.detach() == 0).sum(),
         margin_sum=margins.detach().sum(),
     )
 

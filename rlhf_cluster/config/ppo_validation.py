@@ -184,6 +184,11 @@ def validate_text(cfg: RunConfig, asks: str) -> None:
 def _validate_guardrails(cfg: RunConfig) -> None:
     rails = cfg.ppo.guardrails
     for name, rail in rails.rails.items():
+        require(
+            rail.limit > 0 or rail.action == "warn",
+            f"ppo.guardrails.{name}.action={rail.action}, but its limit is 0, which watches nothing; set "
+            f"ppo.guardrails.{name}.limit",
+        )
         if rail.limit and rail.action == "rollback":
             _validate_rollback(cfg, name)
     require(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def _gold_score(run: Run) -> Callable[[ScoredRollouts], Mapping[str, float]]:
 def _show(run: Run, step: int, batch: Batch) -> None:
     if failures := reasons(batch):
         run.progress.note(f"iteration {step + 1}: samples failed and were not trained on: {failures}")
-    if neutral := most_frequent(ppo.failures_of_parts(batch.rows)):
+    if neutral := most_frequent(chain.from_iterable(ppo.failures_of_parts(batch.rows))):
         said = "parts of the score failed and count as reward.neutral_score"
         run.progress.note(f"iteration {step + 1}: {said}: {neutral}")
     every = run.cfg.logging.sample_every

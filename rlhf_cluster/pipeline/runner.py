@@ -12,6 +12,7 @@ from rlhf_cluster import dpo, ppo, rm, sft
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.config import ConfigError, Resources, RunConfig, differences, load_file, to_yaml
 from rlhf_cluster.environment import describe_environment
+from rlhf_cluster.evaluation.heldout import HeldOutError
 from rlhf_cluster.inputs import load_inputs
 from rlhf_cluster.interrupts import first_cause
 from rlhf_cluster.pipeline import reinforcement
@@ -63,7 +64,7 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
                             progress.note(f"{stage}: finished before, its output is used")
                         else:
                             STAGES[stage](whole)
-            except* (ppo.GuardrailError, ppo.EmptyBatchError) as stop:
+            except* (ppo.GuardrailError, ppo.EmptyBatchError, HeldOutError) as stop:
                 _write_timeline(whole)
                 _report_a_stop(path, progress, str(first_cause(stop)))
                 raise

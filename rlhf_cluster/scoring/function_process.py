@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.scoring.signatures import Adapted, adapt
+from rlhf_cluster.scoring.signatures import Adapted, NoNumber, adapt
 from rlhf_cluster.scoring.verifiers import make_verifier
 
 READY, SCORES, FAILED = "ready", "scores", "failed"
@@ -50,7 +50,8 @@ def find(path: str) -> Callable[..., Any]:
         raise ValueError(f"{path!r} is neither FILE.py:NAME nor package.module:NAME")
     function = getattr(_file(Path(where)) if where.endswith(".py") else importlib.import_module(where), name, None)
     if not callable(function):
-        raise ValueError(f"{where} has no function {name}")
+        found = "" if function is None else f", but a {type(function).__name__} of that name"
+        raise ValueError(f"{where} has no function {name}{found}")
     return function  # type: ignore[no-any-return]
 
 
@@ -82,7 +83,9 @@ def serve(channel: Connection) -> None:
             else:
                 channel.send((SCORES, list(function(asked))))
         except Exception as error:  # the user's code may raise anything: it is said, not survived in silence
-            channel.send((FAILED, f"it raised {type(error).__name__}: {error}"))
+            said = str(error).partition("\n")[0]
+            told = said if isinstance(error, NoNumber) else f"it raised {type(error).__name__}: {said}"
+            channel.send((FAILED, told))
 
 
 def _end_with(parent: int) -> None:

@@ -55,7 +55,7 @@ class Breaker:
         with self._lock:
             if self.clock() >= self._open_until:
                 return ""
-            return f"not asked: {self._in_a_row} samples in a row failed, the last: {self._last}"
+            return f"not asked: {self.failures} samples in a row failed, the last: {self._last}"
 
 
 class Budget:

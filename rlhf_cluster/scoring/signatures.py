@@ -26,6 +26,10 @@ TRLS_OWN = {"completion_ids", "trainer_state", "log_extra", "log_metric"}  # of 
 Adapted = Callable[[Sequence[Sample]], Sequence[Answer]]
 
 
+class NoNumber(TypeError):
+    """A function answered with what is no score; it raised nothing itself."""
+
+
 class SignatureError(ValueError):
     """A function that is called in none of the known ways."""
 
@@ -57,8 +61,22 @@ def adapt(function: Callable[..., Any], label: str) -> Adapted:
 
 def numbers(answers: Any) -> list[Answer]:
     """A list, array or tensor of numbers as a plain list."""
+    if isinstance(answers, str | Mapping) or not hasattr(answers, "__iter__"):
+        raise NoNumber(f"it gave {_short(answers)}; a list of numbers, one for each sample, is wanted")
     flat = answers.flatten().tolist() if hasattr(answers, "flatten") else list(answers)
-    return [None if answer is None else float(answer) for answer in flat]
+    return [None if answer is None else _number(answer) for answer in flat]
+
+
+def _number(answer: Any) -> float:
+    try:
+        return float(answer)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise NoNumber(f"it gave {_short(answer)} for a sample; a number is wanted") from error
+
+
+def _short(answer: Any) -> str:
+    text = repr(answer)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _trl(
@@ -94,7 +112,7 @@ def _verl(function: Callable[..., Any], sample: Sample, label: str, names: set[s
         "extra_info": sample.columns.get("extra_info"),
     }
     answer = function(**{name: value for name, value in given.items() if everything or name in names})
-    return float(answer["score"] if isinstance(answer, Mapping) else answer)
+    return _number(answer["score"] if isinstance(answer, Mapping) else answer)
 
 
 def _truth(sample: Sample, label: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.telemetry.metrics import MetricsRecord
 
-GUARD, FAILURE, SECONDS = "guard/", "reward_failure/", "reward_s/"
+GUARD, FAILURE, SECONDS, LOST = "guard/", "reward_failure/", "reward_s/", "failure"
 REASONS, SLOWEST = 10, 5  # the page is read by a person; the rollouts have them all
 
 
@@ -32,11 +32,12 @@ class Passed:
 
 @dataclass
 class Failure:
-    """Samples that a part of the score gave nothing for, for one reason."""
+    """Samples that a part of the score gave nothing for, for one reason; `dropped`: those that were lost for it."""
 
     part: str
     reason: str
     count: int = 0
+    dropped: int = 0
     steps: set[int] = field(default_factory=set)
 
 
@@ -52,7 +53,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Incidents:
-    """`failures`: the most frequent first, `others` beyond them. `slowest`: the slowest first."""
+    """`failures`: what cost most samples first, then the most frequent; `others` beyond them. `slowest`: the slowest
+    first."""
 
     guardrails: tuple[Passed, ...]
     failures: tuple[Failure, ...]
@@ -66,19 +68,21 @@ def incidents(records: Sequence[MetricsRecord], rollouts: Path, rails: Mapping[s
     slowest: list[Asked] = []
     log = RolloutLog(rollouts)
     for step in log.steps():
-        table = log.read(step, ("sample_id", FAILURE, SECONDS)).to_pydict()
+        table = log.read(step, ("sample_id", LOST, FAILURE, SECONDS)).to_pydict()
         for name, column in table.items():
             part = name.partition("/")[2]
             if name.startswith(FAILURE):
-                for reason in filter(None, column):
-                    found = failures.setdefault((part, reason), Failure(part, reason))
-                    found.count += 1
-                    found.steps.add(step + 1)
+                for reason, lost in zip(column, table[LOST], strict=True):
+                    if reason:
+                        found = failures.setdefault((part, reason), Failure(part, reason))
+                        found.count += 1
+                        found.dropped += lost == f"{part}: {reason}"
+                        found.steps.add(step + 1)
             if name.startswith(SECONDS):
                 asked = zip(column, table["sample_id"], strict=True)
                 timed = [Asked(seconds, part, step + 1, sample_id) for seconds, sample_id in asked if seconds]
                 slowest = heapq.nlargest(SLOWEST, [*slowest, *timed])
-    frequent = sorted(failures.values(), key=lambda found: (-found.count, found.part, found.reason))
+    frequent = sorted(failures.values(), key=lambda found: (-found.dropped, -found.count, found.part, found.reason))
     others = sum(found.count for found in frequent[REASONS:])
     return Incidents(_passed(records, rails), tuple(frequent[:REASONS]), others, tuple(slowest))
 

@@ -67,6 +67,8 @@ PLOTS = (
     Plot("Loss of the reward model", "nats per pair", ("rm/loss",)),
     Plot("Loss of learning from rankings (DPO, IPO, KTO)", "loss per prompt", ("dpo/loss",)),
     Plot("Accuracy of the policy's own rewards", "share of pairs", ("dpo/accuracy", "dpo/heldout_accuracy")),
+    Plot("Margin of the policy's own rewards", "difference", ("dpo/margin", "dpo/heldout_margin")),
+    Plot("KL from the policy that DPO began with", "nats per response", ("dpo/kl",)),
     Plot("Accuracy of the reward model", "share of pairs", ("rm/accuracy",)),
     Plot("Margin of the reward model", "score difference", ("rm/margin",)),
 )
@@ -114,10 +116,12 @@ def _contents(run_dir: Path) -> dict[str, Any]:
     samples = _samples(run_dir / SAMPLES_FILE)
     config_file = run_dir / "config" / "resolved.yaml"
     config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-    rails = (safe_load(config) or {}).get("ppo", {}).get("guardrails", {})
+    settings = safe_load(config) or {}
+    rails = settings.get("ppo", {}).get("guardrails", {})
     return {
         "name": run_dir.resolve().name,
         "comparison": _comparison(run_dir / COMPARISON_FILE),
+        "judged": "ppo" in settings.get("stages", ["ppo"]),  # whether there is to be a comparison
         "samples": samples[:MAX_SAMPLES],
         "samples_total": len(samples),
         "stages": summaries(records),

@@ -405,6 +405,7 @@ def test_dynamic_sampling_needs_groups() -> None:
             ["ppo.guardrails.kl.action=halt"],
             r"ppo\.guardrails\.kl\.action=halt: it must be one of warn, skip, rollback",
         ),
+        (["ppo.guardrails.clipfrac.action=stop"], r"clipfrac\.action=stop, but its limit is 0, which watches nothing"),
         (["ppo.guardrails.kl={limit: 9, action: rollback}"], r"kl\.action=rollback, but ppo\.save_every=0 leaves no"),
         (
             ["ppo.guardrails.kl={limit: 9, action: rollback}", "ppo.save_every=1", "ppo.keep_checkpoints=1"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from trl.rewards import accuracy_reward, think_format_reward
 
 from rlhf_cluster.scoring.samples import Sample
-from rlhf_cluster.scoring.signatures import SignatureError, adapt
+from rlhf_cluster.scoring.signatures import NoNumber, SignatureError, adapt
 
 SAMPLES = [
     Sample(
@@ -147,3 +148,19 @@ def test_what_only_trls_trainer_has_is_refused_at_once() -> None:
     with pytest.raises(SignatureError, match="it asks for completion_ids, which only TRL's trainer has"):
         adapt(needs, "answer")
     assert len(adapt(may_have, "answer")([Sample("0", "p", "r", True)])) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (["x", 1.0], "it gave 'x' for a sample; a number is wanted"),
+        ({"a": 1.0}, "it gave {'a': 1.0}; a list of numbers, one for each sample, is wanted"),
+        (0.5, "it gave 0.5; a list of numbers, one for each sample, is wanted"),
+    ],
+)
+def test_what_is_no_score_is_named(answer: Any, words: str) -> None:
+    def score(samples: Any) -> Any:
+        return answer
+
+    with pytest.raises(NoNumber, match=re.escape(words)):
+        adapt(score, "x")(SAMPLES)

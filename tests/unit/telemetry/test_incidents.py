@@ -34,11 +34,13 @@ def test_a_guardrail_is_told_with_its_action_and_where_it_was_passed() -> None:
 def test_the_page_names_the_most_frequent_and_the_slowest_alone(tmp_path: Path) -> None:
     reasons = [f"reason {number:02}" for number in range(REASONS + 2) for _ in range(number + 1)]
     count = len(reasons)
-    columns = {"sample_id": [f"0/p/{index}" for index in range(count)], "reward_failure/mine": reasons}
+    lost = ["mine: reason 00", *("" if index else "another: reason 01" for index in range(count - 1))]
+    columns = {"sample_id": [f"0/p/{index}" for index in range(count)], "reward_failure/mine": reasons, "failure": lost}
     RolloutLog(tmp_path).write(0, pa.table(columns | {"reward_s/mine": [float(index) for index in range(count)]}))
     found = incidents([], tmp_path, {})
-    assert [one.count for one in found.failures] == list(range(REASONS + 2, 2, -1))
-    assert found.others == 1 + 2
+    assert [one.count for one in found.failures] == [1, *range(REASONS + 2, 3, -1)], "what cost a sample comes first"
+    assert [one.dropped for one in found.failures] == [1, *[0] * (REASONS - 1)]
+    assert found.others == 2 + 3
     assert [one.seconds for one in found.slowest] == [float(count - 1 - index) for index in range(SLOWEST)]
     assert found.slowest[0].sample_id == f"0/p/{count - 1}"
 

@@ -82,6 +82,7 @@ def rollouts(step: int) -> pa.Table:
     return pa.table(
         {
             "sample_id": [f"{step}/p/{index}" for index in range(4)],
+            "failure": [f"mine: {failure}" if failure else "" for failure in failures],
             "reward_failure/mine": failures,
             "reward_s/mine": pa.array([0.0, 1.5 + step, 0.25, 0.125], pa.float32()),
         }
@@ -121,8 +122,8 @@ def test_the_page_says_what_the_run_did(full: Path) -> None:
         "Seconds by part",
         "name: &lt;quick&gt;",
         "kl skip 5.5 to 7.25 4-5",
-        "mine it hung 1 4 ",
-        "3 1-2, 4 ",  # the other reason, in three samples
+        "mine it hung 1 1 4 ",
+        "3 3 1-2, 4 ",  # the other reason, in three samples
         "mine 4.50 4 3/p/1 mine 2.50 2 1/p/1 mine 1.50 1 0/p/1 mine 0.25 4 3/p/2 mine 0.25 2 1/p/2 ",
         "quick &lt;run&gt;",
         "2 more",
@@ -178,3 +179,11 @@ def test_the_page_says_what_idle_workers_waited_for(full: Path) -> None:
     assert row is not None
     assert "<td>3</td><td>62 %</td>" in row[0] and "update 30 %" in row[0] and "weights" not in row[0]
     assert "<script" not in page and " 7 %" in row[0]
+
+
+def test_a_run_without_ppo_says_nothing_of_a_comparison(tmp_path: Path) -> None:
+    log_run(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "resolved.yaml").write_text("stages: [sft, dpo]\n")
+    page = write_report(tmp_path).read_text()
+    assert "Before and after PPO" not in page and "no comparison" not in page
