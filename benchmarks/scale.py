@@ -90,9 +90,10 @@ class Sampler:
     version: int = 0
     free: list[float] = field(default_factory=list)  # when each slot is, in seconds that it was not stopped
     stopped: float = 0.0
+    fetched: int = 0
 
     def actor(self) -> Verbs:
-        return Verbs(sample=self.sample, receive_from=self.receive, digests=self.digests, resume=self.resume)
+        return Verbs(sample=self.sample, fetch=self.fetch, load=self.load, digests=self.digests, resume=self.resume)
 
     def awake(self) -> float:
         return now() - self.stopped
@@ -146,11 +147,14 @@ class Sampler:
             },
         )
 
-    async def receive(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> int:
+    async def fetch(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> int:
+        self.fetched = snapshot.version
+        return 0
+
+    async def load(self) -> None:
         await asyncio.sleep(LOAD_S)
         self.stopped += LOAD_S
-        self.version = snapshot.version
-        return 0
+        self.version = self.fetched
 
     async def digests(self) -> dict[str, str]:
         return {"0:model": "same"}

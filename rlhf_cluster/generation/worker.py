@@ -178,10 +178,14 @@ class GenerationWorker:
         """
         if again or not self.holds(snapshot.version):
             await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
-            await self._pause()
-            self._held = None
-            await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
-            self._held = snapshot.version
+            await self.change_to(snapshot)
+
+    async def change_to(self, snapshot: Snapshot) -> None:
+        """As `receive`, of what was checked."""
+        await self.pause()
+        self._held = None
+        await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
+        self._held = snapshot.version
 
     async def open_direct(self, transport: str, told: dict[str, Any]) -> None:
         """Meets the learner, whose weights then come without the store."""
@@ -191,7 +195,7 @@ class GenerationWorker:
         await self.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=opening))
 
     async def begin_direct(self) -> None:
-        await self._pause()
+        await self.pause()
         self._held = None
         await self.engine.start_weight_update()
 
@@ -225,7 +229,8 @@ class GenerationWorker:
         """Whether it need not be loaded. The engine is not asked: it would answer once its step has ended."""
         return self._held == version
 
-    async def _pause(self) -> None:
+    async def pause(self) -> None:
+        """Samples no more until `resume`."""
         if self._paused is None:
             self._paused = time.perf_counter()
             mode, clear = PAUSES[self._weights.running], self._weights.kv == "recompute"

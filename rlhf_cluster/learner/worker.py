@@ -72,6 +72,7 @@ class LearnerWorker:
         self._open: dict[int, OpenBatch] = {}
         self._last: UpdateStats | None = None
         self._version = 0
+        self._published = 0
         self._to_probe: EvaluatedRow | None = None
 
     def start(
@@ -144,15 +145,17 @@ class LearnerWorker:
 
     def add(self, step: int, rows: ScoredRollouts, start: int, stop: int) -> None:
         """Evaluates this rank's rows, `start` to `stop`, or keeps them until the policy is the one that their batch
-        will update: old logprobs and values are always its own. Where gradients stream, rows wait for a full
-        micro-batch. Rows that it holds already are left as they are. A collective."""
+        will update - old logprobs and values are always its own - and is published, for which generation may wait.
+        Where gradients stream, rows wait for a full micro-batch. Rows that it holds already are left as they are. A
+        collective."""
         if self._is_done(step):
             return
         if step not in self._open:
             raise LearnerError(f"rows of batch {step} arrived, but the open batches are {sorted(self._open)}")
         batch = self._open[step]
         batch.keep(rows.slice(start, stop))
-        if step == self._version and (self._stream is None or self._stream.is_enough(batch.waiting_tokens)):
+        due = step == self._version == self._published
+        if due and (self._stream is None or self._stream.is_enough(batch.waiting_tokens)):
             self._evaluate(batch)
 
     def _evaluate(self, batch: OpenBatch) -> None:
@@ -209,6 +212,7 @@ class LearnerWorker:
         a response to be compared by, where it has one. A collective."""
         if version != self._version:
             raise LearnerError(f"the policy is version {self._version}, it cannot be published as {version}")
+        self._published = version
         snapshot = self._snapshot(version, directory, averaged=False)
         probe = self._probe() if probed else None
         return snapshot if snapshot is None else replace(snapshot, probe=probe)

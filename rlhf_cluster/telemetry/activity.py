@@ -20,7 +20,9 @@ LEFT_OUT = ("store",)  # never a bottleneck: it copies
 CAUSES = {
     ("learner", "update"): "update",
     ("learner", "publish"): "publish",
-    ("generation", "receive_from"): "weights",
+    ("generation", "fetch"): "weights",
+    ("generation", "load"): "weights",
+    ("generation", "digests"): "weights",
     ("generation", "sample"): "generation",
     ("reward", "score"): "scoring",
     ("reference", "logprobs"): "reference",

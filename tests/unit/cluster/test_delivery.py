@@ -10,15 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from rlhf_cluster.cluster.delivery import Delivery, WeightChannel
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.cluster.waits import WorkerError
 from rlhf_cluster.config import WeightsConfig
 from rlhf_cluster.weights.probe import Probe
-from rlhf_cluster.weights.snapshot import Snapshot
+from rlhf_cluster.weights.snapshot import Snapshot, SnapshotError
 
 PROBE = Probe((1, 2), (3, 4), (-1.0, -2.0))
+AGAIN = ["pause", "fetch again", "load"]
 GOOD, BAD = {"0:a": "1", "0:b": "2"}, {"0:a": "1", "0:b": "9"}
 
 
@@ -31,18 +33,28 @@ class Worker:
     probes: list[float] = field(default_factory=lambda: [0.01])
     called: list[str] = field(default_factory=list)
     held: dict[str, str] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)  # what its next fetches fail with
 
     @property
     def host(self) -> Host:
-        verbs = {"receive_from": self._receive, "digests": self._digests, "resume": self._resume, "probe": self._probe}
+        verbs = {"fetch": self._fetch, "load": self._load, "pause": self._pause}
+        verbs |= {"digests": self._digests, "resume": self._resume, "probe": self._probe}
         actor = SimpleNamespace(**{verb: SimpleNamespace(remote=called) for verb, called in verbs.items()})
         return Host(self.name, actor, Path("its.log"))
 
-    async def _receive(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> int:
+    async def _fetch(self, store: Any, snapshot: Snapshot, place: tuple[str, str, int], again: bool) -> int:
         assert place == ("node", "run", 1)
-        self.called.append("load again" if again else "load")
-        self.held = self.loads.pop(0)
+        self.called.append("fetch again" if again else "fetch")
+        if self.damaged:
+            raise RayTaskError("fetch", "", SnapshotError(self.damaged.pop(0)))
         return 100
+
+    async def _pause(self) -> None:
+        self.called.append("pause")
+
+    async def _load(self) -> None:
+        self.called.append("load")
+        self.held = self.loads.pop(0)
 
     async def _digests(self) -> dict[str, str]:
         return self.held
@@ -66,16 +78,36 @@ def deliver(*workers: Worker, probe: Probe | None = None) -> dict[str, float]:
 def test_workers_that_hold_alike_sample_on() -> None:
     workers = [Worker("generation 0"), Worker("generation 1")]
     found = deliver(*workers)
-    assert [worker.called for worker in workers] == [["load", "resume"]] * 2
+    assert [worker.called for worker in workers] == [["fetch", "load", "resume"]] * 2
     assert found.pop("sync/seconds") > 0
     assert found == {"sync/bytes": 200, "sync/paused_s": 0.5, "sync/loaded_again": 0}
 
 
 def test_one_that_differs_loads_again_before_it_samples() -> None:
     other = Worker("generation 1", [BAD, GOOD])
-    found = deliver(Worker("generation 0"), other)
-    assert other.called == ["load", "load again", "resume"]
-    assert found["sync/loaded_again"] == 1 and found["sync/bytes"] == 300
+    found = deliver(Worker("generation 0", [GOOD, GOOD]), other)  # of two, nobody knows which is wrong
+    assert other.called == ["fetch", "load", *AGAIN, "resume"]
+    assert found["sync/loaded_again"] == 2 and found["sync/bytes"] == 400
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_of_three_the_one_that_differs_is_the_wrong_one_though_it_be_the_first(wrong: int) -> None:
+    """And nobody samples before it is right."""
+    workers = [Worker(f"generation {i}", [BAD, GOOD] if i == wrong else [GOOD]) for i in range(3)]
+    found = deliver(*workers)
+    for i, worker in enumerate(workers):
+        assert worker.called == ["fetch", "load", *(AGAIN if i == wrong else []), "resume"]
+    assert found["sync/loaded_again"] == 1
+
+
+def test_what_comes_damaged_is_brought_once_more_before_anything_is_loaded() -> None:
+    one, other = Worker("generation 0"), Worker("generation 1", damaged=["bucket 3 is not what was published"])
+    deliver(one, other)
+    assert one.called == ["fetch", "load", "resume"] and other.called == ["fetch", "fetch again", "load", "resume"]
+    twice = Worker("generation 1", damaged=["bucket 3 is not what was published"] * 2)
+    with pytest.raises(WorkerError, match=r"generation 1 failed in `fetch`: SnapshotError: bucket 3 is not what was"):
+        deliver(Worker("generation 0"), twice)
+    assert "load" not in twice.called, "the old weights still serve"
 
 
 def test_one_that_differs_twice_is_named_with_what_differs() -> None:
@@ -85,30 +117,22 @@ def test_one_that_differs_twice_is_named_with_what_differs() -> None:
         match=r"generation 1 computes with other weights of version 7 than generation 0 does in 1 modules \(0:b\); "
         r"loading them once more did not mend it \(its log: its.log\)",
     ):
-        deliver(Worker("generation 0"), other)
+        deliver(Worker("generation 0"), Worker("generation 2"), other)
     assert "resume" not in other.called
 
 
 def test_a_probe_is_compared_with_the_learner() -> None:
     workers = [Worker("generation 0", probes=[0.02]), Worker("generation 1", probes=[0.05])]
     found = deliver(*workers, probe=PROBE)
-    assert [worker.called for worker in workers] == [["load", "resume", "probe"]] * 2
+    assert [worker.called for worker in workers] == [["fetch", "load", "resume", "probe"]] * 2
     assert found["sync/probe"] == 0.05
 
 
 def test_one_that_is_far_from_the_learner_loads_again() -> None:
     worker = Worker("generation 0", [GOOD, GOOD], [float("nan"), 0.02])
     found = deliver(worker, probe=PROBE)
-    assert worker.called == ["load", "resume", "probe", "load again", "resume", "probe"]
+    assert worker.called == ["fetch", "load", "resume", "probe", *AGAIN, "resume", "probe"]
     assert (found["sync/probe"], found["sync/paused_s"], found["sync/loaded_again"]) == (0.02, 1.0, 1)
-
-
-def test_the_first_may_have_been_the_one_that_was_wrong() -> None:
-    """It is measured by what it computes with after it has loaded once more, and so are the others."""
-    first = Worker("generation 0", [BAD, GOOD], [2.0, 0.01])
-    found = deliver(first, probe=PROBE)
-    assert first.called == ["load", "resume", "probe", "load again", "resume", "probe"]
-    assert found["sync/loaded_again"] == 1
 
 
 def test_engines_of_unlike_hardware_need_not_be_compared() -> None:
@@ -116,7 +140,9 @@ def test_engines_of_unlike_hardware_need_not_be_compared() -> None:
     workers = [Worker("generation 0"), Worker("generation 1", [BAD])]
     delivery = Delivery(channel, Snapshot(7, "/", (), None), deadline_s=10)
     found = asyncio.run(delivery.to([worker.host for worker in workers]))
-    assert [worker.called for worker in workers] == [["load", "resume"]] * 2 and found["sync/loaded_again"] == 0
+    assert [worker.called for worker in workers] == [["fetch", "load", "resume"]] * 2 and found[
+        "sync/loaded_again"
+    ] == 0
 
 
 def test_one_that_stays_far_ends_the_run() -> None:

@@ -227,6 +227,22 @@ def test_packed_rows_are_no_wider_than_the_context_since_attention_grows_with_th
     assert MODEL.context / 2 < max(batch.input_ids.shape[1] for batch in batches) <= MODEL.context
 
 
+def test_nothing_is_evaluated_before_the_policy_that_generation_waits_for_is_published(
+    start: Start, tmp_path: Path
+) -> None:
+    """Rows of the next batch may be in the learner's queue before `publish` is; what they become is the same."""
+    before, behind = start(), start()
+    for worker in (before, behind):
+        updated(worker)
+    before.publish(1, str(tmp_path / "before"))
+    give(before, rows(1))
+    give(behind, rows(1))
+    assert len(before._open[1].rows) == COUNT and not behind._open[1].rows
+    behind.publish(1, str(tmp_path / "behind"))
+    expected, found = (numbers(worker.update(1, CONTROLS).metrics) for worker in (before, behind))
+    assert found == pytest.approx(expected, abs=1e-5, rel=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_order_of_arrival_changes_nothing(start: Start, chunk: int) -> None:
     one, other = start(), start()

@@ -158,6 +158,7 @@ def test_what_a_policy_that_is_gone_said_is_forgotten(start: Start, tmp_path: Pa
     worker, other = (start(tokens_per_micro_batch=20, **GRPO) for _ in range(2))
     worker.save(str(tmp_path))
     train(worker, Controls(0.0))
+    worker.publish(1, str(tmp_path / "store"))
     give(worker, groups(1), chunk=GROUP)
     assert worker._open[1].rows  # with a gradient of the policy that is about to go
     worker.load(str(tmp_path), 1)
