@@ -83,11 +83,16 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
     batches: deque[asyncio.Task[Batch]] = deque()
     async with asyncio.TaskGroup() as tasks:
         served = tasks.create_task(_as_it_began())
+
+        def open_batches(step: int) -> None:
+            """Those of `step` and of as many after it as staleness allows, as far as they are not open yet."""
+            for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
+                batch_of = collect(rooms, ahead, prompts, cfg, served, log.timer, log.warn)
+                batches.append(tasks.create_task(batch_of))
+
+        open_batches(start.step)
         for step in range(start.step, cfg.steps):
             with log.timer("step"):
-                for ahead in range(step + len(batches), min(step + cfg.max_staleness + 1, cfg.steps)):
-                    batch_of = collect(rooms, ahead, prompts, cfg, served, log.timer, log.warn)
-                    batches.append(tasks.create_task(batch_of))
                 batch = await batches.popleft()
                 if not len(batch.rows):
                     await give_up(rooms, step, batch, control, rails, log)
@@ -109,6 +114,7 @@ async def train(rooms: Rooms, prompts: Batches, cfg: PPOConfig, log: Log, start:
             # First, so that what a checkpoint has behind it is on record.
             write_down(step, batch, stats, controls, alarms, {**heldout, **sync}, log)
             stop_where_due(alarms, good, stats.weight_version)
+            open_batches(step + 1)
             if is_checkpoint(step, cfg):
                 await save(rooms, stats.weight_version, control, rails, log)
 

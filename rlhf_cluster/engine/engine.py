@@ -27,6 +27,7 @@ from rlhf_cluster.engine.settings import deepspeed_settings, effective_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FINITE = sys.float_info.max
+GATHERED = 32 << 20
 NEVER = -1.0  # a limit that every norm is above
 
 
@@ -186,9 +187,26 @@ class TrainEngine:
         self.step_within(0.0, NEVER)
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full tensor in the training dtype) of every parameter, one at a time. A collective at stage 3."""
+        """(name, full tensor in the training dtype) of every parameter, of which at stage 3 about `GATHERED` bytes are
+        gathered at once. A collective at stage 3."""
+        if self.stage < 3:
+            yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
+            return
+        for together in self._buckets():
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in together]):
+                full = [(name, parameter.detach().clone()) for name, parameter in together]
+            yield from full
+
+    def _buckets(self) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+        together: list[tuple[str, torch.nn.Parameter]] = []
+        size = 0
         for name, parameter in self.module.named_parameters():
-            yield name, self._full(parameter)
+            together.append((name, parameter))
+            size += parameter.ds_numel * parameter.element_size()
+            if size >= GATHERED:
+                yield together
+                together, size = [], 0
+        yield together
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors of `full_parameters`, in their order."""

@@ -9,6 +9,7 @@ import math
 import pickle
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 ADAPTER = "policy"  # the name of the only one
+CPU_BLOCK = 32  # tokens; the CPU build's attention is fast at multiples of it
 ABORTED = "abort"  # the end of a request that a pause cut off
 INSPECTION = "rlhf_cluster.weights.receiver.Inspection"
 PAUSES: dict[str, PauseMode] = {"keep": "keep", "finish": "wait", "abort": "abort"}  # vLLM's word for `weights.running`
@@ -76,6 +78,9 @@ class GenerationWorker:
             enforce_eager=self._cfg.enforce_eager,
             # After part of a prompt vLLM winds a seeded request's generator back, which only GPU generators can.
             enable_chunked_prefill=False if current_platform.is_cpu() else None,
+            # Whole blocks alone are shared by the responses to a prompt, and the CPU build's own 128 is more than most
+            # prompts have.
+            block_size=CPU_BLOCK if current_platform.is_cpu() else None,
             kv_cache_memory_bytes=self._cfg.kv_cache_memory,
             gpu_memory_utilization=0.3,  # unused beside kv_cache_memory_bytes, but the CPU build checks it at start
             tensor_parallel_size=self._cfg.tensor_parallel,
@@ -116,7 +121,7 @@ class GenerationWorker:
                 requests.create_task(self._request(row, prompt, int(seeds[row]), ids[row], ended))
             remaining = len(members)
             while remaining:
-                outputs = await self._flush(ended)
+                outputs = await self._flush(ended, remaining)
                 remaining -= len(outputs)
                 yield self._rollouts(members, outputs)
 
@@ -147,12 +152,15 @@ class GenerationWorker:
             raise RuntimeError(f"vLLM gave no finished response for request {request_id}")
         return output
 
-    async def _flush(self, ended: asyncio.Queue[tuple[int, RequestOutput]]) -> list[tuple[int, RequestOutput]]:
-        """Waits for one response, then for `flush_ms` more, and takes all that ended."""
+    async def _flush(
+        self, ended: asyncio.Queue[tuple[int, RequestOutput]], remaining: int
+    ) -> list[tuple[int, RequestOutput]]:
+        """Waits for one response, then for `flush_ms` more or for all that remain, and takes what ended."""
         outputs = [await ended.get()]
-        await asyncio.sleep(self._cfg.flush_ms / 1000)
-        while not ended.empty():
-            outputs.append(ended.get_nowait())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._cfg.flush_ms / 1000):
+                while len(outputs) < remaining:
+                    outputs.append(await ended.get())
         return outputs
 
     def _rollouts(self, members: Members, outputs: list[tuple[int, RequestOutput]]) -> Rollouts:

@@ -106,17 +106,23 @@ class LearnerWorker:
         self._mix = PretrainingMix(pretraining, ptx.ratio, size, self._seed) if ptx.coef else None
 
     def begin(self, step: int, sample_ids: Sequence[str]) -> dict[str, int]:
-        """Returns the rank that each sample's row goes to. A batch that was updated from is not opened again."""
+        """Rank 0 returns the rank that each sample's row goes to. A batch that was updated from is not opened
+        again."""
         plan = plan_batch(sample_ids, self._ppo.minibatch_size, self._ranks.world, self._batch_seed(step))
         if not self._is_done(step):
             self._open.setdefault(step, OpenBatch(plan, self._new_gradient()))
-        return plan.owners
+        return self._told(plan.owners)
+
+    def _told(self, owners: dict[str, int]) -> dict[str, int]:
+        """Once, not by each of many ranks."""
+        return {} if self._ranks.rank else owners
 
     def _new_gradient(self) -> PolicyGradient:
         return PolicyGradient(self._models, self._ppo, self._generation)
 
     def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> dict[str, int]:
-        """Other members in the places of some; returns the rank of every member. Repeated, it changes nothing."""
+        """Other members in the places of some; rank 0 returns the rank of every member. Repeated, it changes
+        nothing."""
         if self._is_done(step):
             return {}
         if step not in self._open:
@@ -127,7 +133,7 @@ class LearnerWorker:
         batch.plan = batch.plan.replaced(gone, come)
         for sample_id in gone:
             batch.rows.pop(sample_id, None)
-        return batch.plan.owners
+        return self._told(batch.plan.owners)
 
     def _require_whole(self, step: int) -> None:
         """A batch that lost rows would train on fewer without a word."""

@@ -149,6 +149,12 @@ def share(prompts: Ids, responses: Ids, context: int) -> list[list[int]]:
     return rows
 
 
+def evaluation_batches(prompts: Ids, responses: Ids, tokens_per_micro_batch: int, shares: bool) -> list[PackedBatch]:
+    """To be looked at alone: responses to one prompt stand in one row where the model `shares` prompts."""
+    rows = share(prompts, responses, tokens_per_micro_batch) if shares else singles(len(prompts))
+    return micro_batches(prompts, responses, rows, tokens_per_micro_batch, shared=len(rows) < len(prompts))
+
+
 def micro_batches(
     prompts: Ids, responses: Ids, rows: Rows, tokens_per_micro_batch: int, shared: bool = False
 ) -> list[PackedBatch]:

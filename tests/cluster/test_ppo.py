@@ -236,7 +236,8 @@ def test_weights_that_ranks_send_to_the_engines_themselves_are_the_same(
     assert distance(sent, trained[(3, 2)]) < 1e-4
     for step, metrics in sent.metrics.items():
         assert metrics["rollout/logprob_diff_max"] < 1e-4
-        assert metrics["sync/bytes"] == pytest.approx(trained[(3, 2)].metrics[step]["sync/bytes"], rel=0.05)
+        if step:  # what there is to say of a publish stands on the record of the iteration after it
+            assert metrics["sync/bytes"] == pytest.approx(trained[(3, 2)].metrics[step]["sync/bytes"], rel=0.05)
         assert set(np.concatenate(sent.rollouts[step].weight_versions).tolist()) == {step}
 
 
