@@ -2,7 +2,7 @@
 virtual time: workers are stand-ins in this process whose times follow a model, and the CPU that the driver really
 spends counts as it passes.
 
-    python benchmarks/scale.py [--workers 1 16 128 1024] [--staleness 0 1 8] [--iterations 4] [--slots 16]
+    python benchmarks/scale.py [--workers 1 16 128 1024] [--staleness 0 1 2 4 8] [--iterations 4] [--slots 16]
 
 Generation: `--slots` responses at once on each worker, 25 ms a token, log-normal lengths (median 512, sigma 0.8, 4096
 at most); an iteration has a response for each slot. One scorer and a learner rank for every four generation workers;
@@ -37,7 +37,7 @@ from virtual_time import Clock, run
 from workload import log_of
 
 from rlhf_cluster import ppo
-from rlhf_cluster.cluster.clients import GenerationPool, ReferencePool, RewardPool
+from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool
 from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.config import PPOConfig, WeightsConfig
@@ -91,9 +91,14 @@ class Sampler:
     free: list[float] = field(default_factory=list)  # when each slot is, in seconds that it was not stopped
     stopped: float = 0.0
     fetched: int = 0
+    given: float = 0.0  # seconds of sampling, of all slots
 
     def actor(self) -> Verbs:
         return Verbs(sample=self.sample, fetch=self.fetch, load=self.load, digests=self.digests, resume=self.resume)
+
+    def sampled(self) -> float:
+        """Seconds of all its slots so far: what it was given, less what of that lies ahead."""
+        return self.given - sum(max(0.0, end - self.awake()) for end in self.free)
 
     def awake(self) -> float:
         return now() - self.stopped
@@ -108,6 +113,7 @@ class Sampler:
     def end_of(self, length: int) -> float:
         began = self.awake() if len(self.free) < self.slots else max(self.awake(), heapq.heappop(self.free))
         heapq.heappush(self.free, began + length * PER_TOKEN_S)
+        self.given += length * PER_TOKEN_S
         return began + length * PER_TOKEN_S
 
     async def stream(
@@ -183,56 +189,64 @@ def scorer(clock: Clock) -> Verbs:
 
 
 @dataclass
-class SimulatedLearner:
-    """One call after the other; seconds are by token."""
+class Rank:
+    """Of the learner: one call after the other; seconds are by token of its own."""
 
+    number: int
+    ranks: int
     per_token_s: float
     clock: Clock
     free: float = 0.0
     tokens: dict[int, int] = field(default_factory=dict)
 
+    def actor(self) -> Verbs:
+        return Verbs(begin=self.begin, add=self.add, update=self.update, publish=self.publish, save=self.save)
+
     async def busy(self, seconds: float) -> None:
         self.free = max(self.free, now()) + seconds
         await until(self.free)
 
-    async def begin(self, step: int, sample_ids: Sequence[str]) -> None:
+    async def begin(self, step: int, sample_ids: Sequence[str]) -> dict[str, int]:
         self.tokens[step] = 0
-
-    async def add(self, step: int, rows: ScoredRollouts) -> None:
         with self.clock.of_others():
-            tokens = sum(map(len, rows.response_ids))
+            return {} if self.number else {name: place % self.ranks for place, name in enumerate(sample_ids)}
+
+    async def add(self, step: int, rows: ScoredRollouts, start: int, stop: int) -> None:
+        with self.clock.of_others():
+            tokens = sum(map(len, rows.response_ids[start:stop]))
         self.tokens[step] += tokens
         await self.busy(EVALUATION * tokens * self.per_token_s)
-
-    async def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> None:
-        raise AssertionError("nothing fails here")
 
     async def update(self, step: int, controls: Controls) -> UpdateStats:
         await self.busy((1 - EVALUATION) * self.tokens[step] * self.per_token_s)
         return UpdateStats(step, step + 1, {"objective/kl": 0.1, "objective/entropy": 2.0})
 
-    async def publish(self, version: int) -> None:
+    async def publish(self, version: int, directory: str, probed: bool) -> Snapshot | None:
         await self.busy(PUBLISH_S)
+        return None if self.number else Snapshot(version, "", ())
 
-    async def load(self, directory: Path, version: int) -> None: ...
-
-    async def save(self, directory: Path) -> None:
-        (directory / "policy").mkdir()
+    async def save(self, directory: str) -> list[str]:
+        (Path(directory) / "policy").mkdir(exist_ok=True)
+        return []
 
 
 @dataclass
 class Watch:
-    """When each iteration was done, the tokens of each, and the driver's CPU until then."""
+    """When each iteration was done, the tokens of each, the driver's CPU until then, and the seconds that slots had
+    been sampling for."""
 
     clock: Clock
+    samplers: Sequence[Sampler]
     ends: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    sampled: list[float] = field(default_factory=list)
     lengths: list[np.ndarray] = field(default_factory=list)
 
     def show(self, step: int, batch: Batch) -> None:
         self.ends.append(now())
         self.cpu.append(self.clock.own())
         with self.clock.of_others():
+            self.sampled.append(sum(one.sampled() for one in self.samplers))
             self.lengths.append(np.array([len(ids) for ids in batch.rows.response_ids]))
 
 
@@ -242,19 +256,21 @@ def host(name: str, actor: Verbs) -> Host:
 
 async def simulate(workers: int, staleness: int, args: argparse.Namespace, directory: Path, clock: Clock) -> Watch:
     others = max(1, workers // 4)
-    store = host("store", Verbs(snapshot=lambda version: of(Snapshot(version, "", ()))))
+    added = Verbs(snapshot=lambda version: of(Snapshot(version, "", ())), add=lambda snapshot: of(None))
+    store = host("store", added)
     channel = WeightChannel(store, "node", "", "run", 1, WeightsConfig(probe_every=0))
-    samplers = [host(f"generation {i}", Sampler(clock, args.slots).actor()) for i in range(workers)]
+    sampling = [Sampler(clock, args.slots) for _ in range(workers)]
+    samplers = [host(f"generation {i}", one.actor()) for i, one in enumerate(sampling)]
     scorers = [host(f"reward {i}", scorer(clock)) for i in range(others)]
     batch = workers * args.slots
-    learner = SimulatedLearner(PER_TOKEN_S / batch, clock)
+    ranks = [host(f"learner {i}", Rank(i, others, PER_TOKEN_S * others / batch, clock).actor()) for i in range(others)]
     rooms = Rooms(
         GenerationPool(samplers, channel, DEADLINE_S, args.slots, FLUSH_MS),
         RewardPool(scorers, DEADLINE_S),
         ReferencePool(scorers, DEADLINE_S),
-        learner,
+        LearnerGroup(ranks, channel, DEADLINE_S, put=lambda table: table),
     )
-    watch = Watch(clock)
+    watch = Watch(clock, sampling)
     cfg = PPOConfig(
         steps=args.iterations + 2 * (staleness + 1), batch_size=batch, samples_per_prompt=4, max_staleness=staleness
     )
@@ -289,6 +305,7 @@ def measured(workers: int, staleness: int, args: argparse.Namespace) -> dict[str
     seconds, cpu = np.diff(watch.ends)[middle], np.diff(watch.cpu)[middle]
     lengths = watch.lengths[1:][middle]
     ideals = [ideal(one, slots, staleness) for one in lengths]
+    sampling = np.diff(watch.sampled)[middle].sum() / (seconds.sum() * slots)
     longest = max(one.max() for one in lengths) * PER_TOKEN_S / (staleness + 1)
     return {
         "workers": workers,
@@ -298,6 +315,7 @@ def measured(workers: int, staleness: int, args: argparse.Namespace) -> dict[str
         "seconds": float(seconds.sum()),
         "ideal": float(sum(ideals)),
         "fraction": float(sum(ideals) / seconds.sum()),
+        "slots_busy": float(sampling),
         "least_for_the_longest": float(longest * args.iterations),
         "driver_ms_per_rollout": float(1000 * cpu.sum() / (slots * args.iterations)),
         "driver_share": float(cpu.sum() / seconds.sum()),
@@ -307,16 +325,17 @@ def measured(workers: int, staleness: int, args: argparse.Namespace) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description="The loop with simulated workers, in virtual time.")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 16, 128, 1024])
-    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 8])
+    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4, 8])
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--slots", type=int, default=16)
     args = parser.parse_args()
     found = [measured(w, s, args) for w, s in itertools.product(args.workers, args.staleness)]
-    columns = ["workers", "ranks", "stale", "rollouts", "s", "ideal", "longest", "of ideal", "goal"]
+    columns = ["workers", "ranks", "stale", "rollouts", "s", "ideal", "longest", "slots busy", "of ideal", "goal"]
     rows = [
         [
             *(str(int(one[name])) for name in ("workers", "learners", "staleness", "rollouts")),
             *(f"{one[name]:.0f}" for name in ("seconds", "ideal", "least_for_the_longest")),
+            f"{one['slots_busy']:.2f}",
             f"{one['fraction']:.3f}",
             f"{GOAL if one['staleness'] else GOAL_SYNCHRONOUS:.2f}",
             f"{one['driver_ms_per_rollout']:.3f}",
@@ -326,8 +345,8 @@ def main() -> None:
     ]
     columns += ["driver ms", "share"]
     notes = [
-        "Seconds of all measured iterations. Longest: what the longest response alone takes of them. Driver: its CPU "
-        "for a rollout, and as a share of the time."
+        "Seconds of all measured iterations. Longest: what the longest response alone takes of them. Slots busy: the "
+        "share of their time that generation's slots sampled. Driver: its CPU for a rollout, and as a share of all."
     ]
     show(f"SIMULATED workers, {args.iterations} iterations", columns, rows, notes)
     write("scale", {"arguments": vars(args), "simulated": True, "found": found})

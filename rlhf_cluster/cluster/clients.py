@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import itertools
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from rlhf_cluster.weights.snapshot import Snapshot
 
 TOGETHER = 64  # rows of a table on its way to scorers and learner
 AHEAD = 4  # a worker has a queue of a fourth of what it samples at once, and is given more when that is gone
+ROWS_OF_A_RANK = 4  # of a table on its way to several ranks of the learner, at least
 CALLS_AHEAD = 2  # of a worker of a pool: the one that it is at, and one that it finds when that is done
 
 
@@ -198,11 +199,24 @@ class ReferencePool(Pool):
 
 
 class LearnerGroup:
-    """Keeps `rooms.Learner` over all ranks: every verb is sent to all of them in one go, so they enter together."""
+    """Keeps `rooms.Learner` over all ranks: every verb is sent to all of them in one go, so they enter together. `put`
+    lays a table where all of them can take it.
 
-    def __init__(self, hosts: Sequence[Host], channel: WeightChannel, deadline_s: float) -> None:
-        self._hosts, self._channel, self._deadline_s = hosts, channel, deadline_s
+    As each `add` takes a call of every rank, and all of them into it, rows wait here until there are `ROWS_OF_A_RANK`
+    for each, or the update is due.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        channel: WeightChannel,
+        deadline_s: float,
+        put: Callable[[ScoredRollouts], Any] = ray.put,
+    ) -> None:
+        self._hosts, self._channel, self._deadline_s, self._put = hosts, channel, deadline_s, put
+        self._least = ROWS_OF_A_RANK * len(hosts) if len(hosts) > 1 else 1
         self._owners: dict[int, dict[str, int]] = {}
+        self._waiting: dict[int, list[ScoredRollouts]] = defaultdict(list)
 
     async def _all(self, verb: str, *args: Any) -> list[Any]:
         return await self._each(verb, [args] * len(self._hosts))
@@ -218,12 +232,18 @@ class LearnerGroup:
         self._owners[step] = plans[0]
 
     async def add(self, step: int, rows: ScoredRollouts) -> None:
+        self._waiting[step].append(rows)
+        if sum(map(len, self._waiting[step])) >= self._least:
+            await self._send(step)
+
+    async def _send(self, step: int) -> None:
         """A rank's share travels as (table, start, stop): rows are sorted by the rank that owns them, and put once
         where there are several."""
+        rows = ScoredRollouts.concat(self._waiting.pop(step))
         owners = np.array([self._owners[step][sample_id] for sample_id in rows.sample_id])
         stops = np.cumsum(np.bincount(owners, minlength=len(self._hosts))).tolist()
         ordered = rows.take(np.argsort(owners, kind="stable"))
-        table = ordered if len(self._hosts) == 1 else ray.put(ordered)
+        table = ordered if len(self._hosts) == 1 else self._put(ordered)
         spans = zip([0, *stops[:-1]], stops, strict=True)
         await self._each("add", [(step, table, start, stop) for start, stop in spans])
 
@@ -232,6 +252,8 @@ class LearnerGroup:
         self._owners[step] = owners[0]
 
     async def update(self, step: int, controls: Controls) -> UpdateStats:
+        if step in self._waiting:
+            await self._send(step)
         stats = await self._all("update", step, controls)
         self._owners.pop(step, None)
         return stats[0]
