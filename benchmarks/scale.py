@@ -52,7 +52,7 @@ PER_TOKEN_S, LOAD_S, PUBLISH_S, SCORE_S = 0.025, 1.0, 1.0, 0.05
 MEDIAN, SIGMA, LONGEST, PROMPT_TOKENS = 512, 0.8, 4096, 64
 MEAN = MEDIAN * np.exp(SIGMA**2 / 2)
 EVALUATION = 0.25  # of the learner's time for a batch
-FLUSH_MS = 50
+FLUSH_MS, MINIBATCH = 50, 1 << 20  # all in one
 DEADLINE_S = 1e6
 GOAL, GOAL_SYNCHRONOUS = 0.95, 0.90
 
@@ -193,7 +193,6 @@ class Rank:
     """Of the learner: one call after the other; seconds are by token of its own."""
 
     number: int
-    ranks: int
     per_token_s: float
     clock: Clock
     free: float = 0.0
@@ -209,7 +208,7 @@ class Rank:
     async def begin(self, step: int, sample_ids: Sequence[str]) -> dict[str, int]:
         self.tokens[step] = 0
         with self.clock.of_others():
-            return {} if self.number else {name: place % self.ranks for place, name in enumerate(sample_ids)}
+            return {} if self.number else {name: place // MINIBATCH for place, name in enumerate(sample_ids)}
 
     async def add(self, step: int, rows: ScoredRollouts, start: int, stop: int) -> None:
         with self.clock.of_others():
@@ -263,7 +262,7 @@ async def simulate(workers: int, staleness: int, args: argparse.Namespace, direc
     samplers = [host(f"generation {i}", one.actor()) for i, one in enumerate(sampling)]
     scorers = [host(f"reward {i}", scorer(clock)) for i in range(others)]
     batch = workers * args.slots
-    ranks = [host(f"learner {i}", Rank(i, others, PER_TOKEN_S * others / batch, clock).actor()) for i in range(others)]
+    ranks = [host(f"learner {i}", Rank(i, PER_TOKEN_S * others / batch, clock).actor()) for i in range(others)]
     rooms = Rooms(
         GenerationPool(samplers, channel, DEADLINE_S, args.slots, FLUSH_MS),
         RewardPool(scorers, DEADLINE_S),

@@ -46,7 +46,7 @@ class Learner(Protocol):
     """Policy and critic. Collectives happen only inside `add`, `update`, `publish`, `load` and `save`."""
 
     async def begin(self, step: int, sample_ids: Sequence[str]) -> None:
-        """Opens the batch `step` with its members, which fixes the minibatches and the rank of each row."""
+        """Opens the batch `step` with its members, which fixes the minibatches."""
         ...
 
     async def add(self, step: int, rows: ScoredRollouts) -> None:

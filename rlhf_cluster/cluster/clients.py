@@ -18,6 +18,7 @@ import ray
 from rlhf_cluster.cluster.delivery import Delivery, WeightChannel
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.cluster.waits import WorkerDied, WorkerError
+from rlhf_cluster.learner.plan import Deal
 from rlhf_cluster.records import Controls, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, UpdateStats
 from rlhf_cluster.weights.snapshot import Snapshot
 
@@ -215,7 +216,7 @@ class LearnerGroup:
     ) -> None:
         self._hosts, self._channel, self._deadline_s, self._put = hosts, channel, deadline_s, put
         self._least = ROWS_OF_A_RANK * len(hosts) if len(hosts) > 1 else 1
-        self._owners: dict[int, dict[str, int]] = {}
+        self._deals: dict[int, Deal] = {}
         self._waiting: dict[int, list[ScoredRollouts]] = defaultdict(list)
 
     async def _all(self, verb: str, *args: Any) -> list[Any]:
@@ -228,8 +229,8 @@ class LearnerGroup:
         return await asyncio.gather(*waiting)
 
     async def begin(self, step: int, sample_ids: Sequence[str]) -> None:
-        plans = await self._all("begin", step, list(sample_ids))
-        self._owners[step] = plans[0]
+        places = await self._all("begin", step, list(sample_ids))
+        self._deals[step] = Deal(places[0], len(self._hosts))
 
     async def add(self, step: int, rows: ScoredRollouts) -> None:
         self._waiting[step].append(rows)
@@ -237,10 +238,10 @@ class LearnerGroup:
             await self._send(step)
 
     async def _send(self, step: int) -> None:
-        """A rank's share travels as (table, start, stop): rows are sorted by the rank that owns them, and put once
+        """A rank's share travels as (table, start, stop): rows are sorted by the rank that gets them, and put once
         where there are several."""
         rows = ScoredRollouts.concat(self._waiting.pop(step))
-        owners = np.array([self._owners[step][sample_id] for sample_id in rows.sample_id])
+        owners = self._deals[step].owners(rows)
         stops = np.cumsum(np.bincount(owners, minlength=len(self._hosts))).tolist()
         ordered = rows.take(np.argsort(owners, kind="stable"))
         table = ordered if len(self._hosts) == 1 else self._put(ordered)
@@ -248,14 +249,14 @@ class LearnerGroup:
         await self._each("add", [(step, table, start, stop) for start, stop in spans])
 
     async def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> None:
-        owners = await self._all("replace", step, list(gone), list(come))
-        self._owners[step] = owners[0]
+        places = await self._all("replace", step, list(gone), list(come))
+        self._deals[step].places = places[0]
 
     async def update(self, step: int, controls: Controls) -> UpdateStats:
         if step in self._waiting:
             await self._send(step)
         stats = await self._all("update", step, controls)
-        self._owners.pop(step, None)
+        self._deals.pop(step, None)
         return stats[0]
 
     async def open_direct(self, generation: Sequence[Host], processes: int) -> None:

@@ -57,7 +57,7 @@ class OpenBatch:
         """Of what waits, the rows that are not here yet, by sample id."""
         rows = ScoredRollouts.concat(self.waiting)
         self.taken, self.waiting, self.waiting_tokens = [*self.taken, *self.waiting], [], 0
-        wanted = self.plan.owners.keys() - self.rows.keys()
+        wanted = self.plan.places.keys() - self.rows.keys()
         fresh = {sample_id: i for i, sample_id in enumerate(rows.sample_id) if sample_id in wanted}
         return rows.take([fresh[sample_id] for sample_id in sorted(fresh)])
 
@@ -106,22 +106,22 @@ class LearnerWorker:
         self._mix = PretrainingMix(pretraining, ptx.ratio, size, self._seed) if ptx.coef else None
 
     def begin(self, step: int, sample_ids: Sequence[str]) -> dict[str, int]:
-        """Rank 0 returns the rank that each sample's row goes to. A batch that was updated from is not opened
+        """Rank 0 returns the minibatch that each sample's row belongs to. A batch that was updated from is not opened
         again."""
-        plan = plan_batch(sample_ids, self._ppo.minibatch_size, self._ranks.world, self._batch_seed(step))
+        plan = plan_batch(sample_ids, self._ppo.minibatch_size, self._batch_seed(step))
         if not self._is_done(step):
             self._open.setdefault(step, OpenBatch(plan, self._new_gradient()))
-        return self._told(plan.owners)
+        return self._told(plan)
 
-    def _told(self, owners: dict[str, int]) -> dict[str, int]:
+    def _told(self, plan: BatchPlan) -> dict[str, int]:
         """Once, not by each of many ranks."""
-        return {} if self._ranks.rank else owners
+        return {} if self._ranks.rank else plan.places
 
     def _new_gradient(self) -> PolicyGradient:
         return PolicyGradient(self._models, self._ppo, self._generation)
 
     def replace(self, step: int, gone: Sequence[str], come: Sequence[str]) -> dict[str, int]:
-        """Other members in the places of some; rank 0 returns the rank of every member. Repeated, it changes
+        """Other members in the places of some; rank 0 returns the minibatch of every member. Repeated, it changes
         nothing."""
         if self._is_done(step):
             return {}
@@ -133,14 +133,18 @@ class LearnerWorker:
         batch.plan = batch.plan.replaced(gone, come)
         for sample_id in gone:
             batch.rows.pop(sample_id, None)
-        return self._told(batch.plan.owners)
+        return self._told(batch.plan)
 
     def _require_whole(self, step: int) -> None:
-        """A batch that lost rows would train on fewer without a word."""
+        """A batch that lost rows would train on fewer without a word. A collective."""
         batch = self._open[step]
-        own = {sample_id for sample_id, rank in batch.plan.owners.items() if rank == self._ranks.rank}
-        if missing := own - batch.rows.keys():
-            raise LearnerError(f"batch {step} lacks {len(missing)} of {len(own)} rows of rank {self._ranks.rank}")
+        members, here = len(batch.plan.places), len(batch.rows)
+        there = int(self._ranks.sum(torch.tensor(here, dtype=torch.float64)))
+        if there != members:
+            raise LearnerError(
+                f"batch {step} has {members} members, but its ranks have {there} rows of them (rank "
+                f"{self._ranks.rank}: {here})"
+            )
 
     def _is_done(self, step: int) -> bool:
         """Whether this call repeats one whose answer got lost: the last update was this step's."""
