@@ -48,8 +48,8 @@ test: check ## check, then the contract, deploy and cluster tests
 test-long: setup ## the tests that take minutes
 	@$(PYTEST) -m long tests
 
-bench: setup ## what it costs, each question beside something else: benchmarks/RESULTS.md (about an hour)
-	@for question in throughput learner generation publish stream driver scale asynchronous; do \
+bench: setup ## what it costs, each question beside something else: benchmarks/RESULTS.md (about three hours)
+	@for question in throughput learner generation publish stream driver scale grpo asynchronous; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$question.py || exit 1; \
 	done
 

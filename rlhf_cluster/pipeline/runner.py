@@ -56,31 +56,41 @@ def run(cfg: RunConfig, overrides: Sequence[str]) -> Path:
             if inputs.dropped:
                 progress.note(f"rows not used: {', '.join(f'{reason}: {n}' for reason, n in inputs.dropped.items())}")
             try:
-                with ray_session(cfg.cluster, roles_at_once(cfg)):
-                    directory.write_config(to_yaml(cfg), overrides)  # not before: what the cluster refuses is no run
-                    directory.write_environment(describe_environment())
-                    for stage in cfg.stages:
-                        if whole.output(stage):
-                            progress.note(f"{stage}: finished before, its output is used")
-                        else:
-                            STAGES[stage](whole)
+                _run_stages(whole, overrides)
             except* (ppo.GuardrailError, ppo.EmptyBatchError, HeldOutError) as stop:
-                _write_timeline(whole)
                 _report_a_stop(path, progress, str(first_cause(stop)))
                 raise
             finally:
                 directory.sweep()
-            _write_timeline(whole)
             progress.note(f"report: {write_report(path)}")
             progress.note(f"talk to it: rlhf-cluster chat {path}")
     return path
+
+
+def _run_stages(run: Run, overrides: Sequence[str]) -> None:
+    """Those that are not finished yet. However it ends, it leaves the timeline of this attempt."""
+    cfg, directory = run.cfg, run.directory
+    try:
+        with ray_session(cfg.cluster, roles_at_once(cfg)):
+            directory.write_config(to_yaml(cfg), overrides)  # not before: what the cluster refuses is no run
+            directory.write_environment(describe_environment())
+            for stage in cfg.stages:
+                if run.output(stage):
+                    run.progress.note(f"{stage}: finished before, its output is used")
+                else:
+                    STAGES[stage](run)
+    finally:
+        _write_timeline(run)
 
 
 def _write_timeline(run: Run) -> None:
     """Where there is one: not where PPO was finished before, or is no stage of this run."""
     if run.timeline.spans:
         waited = [dataclasses.asdict(one) for one in bubbles(run.timeline.spans)]
-        run.timeline.write_chrome(run.directory.timeline, bubbles=waited)
+        try:
+            run.timeline.write_chrome(run.directory.timeline, bubbles=waited)
+        except StorageError as error:
+            run.progress.note(f"there is no timeline: {error}")
 
 
 def _report_a_stop(path: Path, progress: Progress, why: str) -> None:
