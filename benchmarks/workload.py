@@ -27,7 +27,7 @@ from rlhf_cluster.telemetry.timer import Timeline, Timer
 IDS = 250  # prompts and responses are of these ids alone, which every model has
 FLAGS = (
     *("model", "dtype", "max_model_len", "max_num_seqs", "enforce_eager", "enable_chunked_prefill"),
-    *("kv_cache_memory_bytes", "gpu_memory_utilization", "logprobs_mode", "generation_config"),
+    *("block_size", "kv_cache_memory_bytes", "gpu_memory_utilization", "logprobs_mode", "generation_config"),
 )
 
 
