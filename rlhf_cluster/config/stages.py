@@ -6,6 +6,7 @@ adds to plain SFT and PPO: those are the recipes'.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from rlhf_cluster.config.bounds import at_least, count, fraction, not_negative, one_of, positive, share
@@ -151,9 +152,14 @@ class RailConfig:
     action: str = one_of(*RAIL_ACTIONS, default="warn")  # skip the update, rollback to a checkpoint's policy, stop
     # the run
 
+    @property
+    def most(self) -> float:
+        """Beyond which an optimizer step is not taken."""
+        return self.limit if self.limit and self.action != "warn" else math.inf
+
     def withholds(self, value: float) -> bool:
         """Whether an optimizer step of this value is not to be taken."""
-        return self.limit > 0 and self.action != "warn" and not value <= self.limit
+        return self.most < math.inf and not value <= self.most
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class BatchPlan:
 
     minibatches: list[list[str]]
 
-    @property
+    @cached_property
     def places(self) -> dict[str, int]:
         """Every member's minibatch."""
         return {sample_id: number for number, minibatch in enumerate(self.minibatches) for sample_id in minibatch}
@@ -60,7 +61,7 @@ class Deal:
     without its share of rows."""
 
     def __init__(self, places: Mapping[str, int], ranks: int) -> None:
-        self.places, self._ranks = places, ranks
+        self.places = places
         self._tokens: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(ranks, np.int64))
         sizes = np.bincount(list(places.values()), minlength=1)
         self._most = max(1, int(sizes.max()) // ranks)  # rows of a prompt that stay together

@@ -32,7 +32,6 @@ def guarded_step(
 ) -> Step:
     """An optimizer step on the gradient times `scale`, that a gradient beyond its rail does not make, or one that is to
     be `withheld`, and one that is not finite never does. A collective."""
-    rail = guardrails.grad_norm
-    limit = rail.limit if rail.limit and rail.action != "warn" else math.inf
-    norm = engine.step_within(rate, NEVER if withheld else limit, scale)
-    return Step(norm, not withheld and norm <= limit and math.isfinite(norm))
+    limit = NEVER if withheld else guardrails.grad_norm.most
+    norm = engine.step_within(rate, limit, scale)
+    return Step(norm, norm <= limit and math.isfinite(norm))

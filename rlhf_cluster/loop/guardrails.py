@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -79,12 +79,12 @@ class Guardrails:
         return [alarm for alarm in found if alarm is not None]
 
     def _score(self, scores: np.ndarray) -> Alarm | None:
-        seen, mean = replace(self._scores), float(scores.mean(dtype=np.float64))
-        self._scores.tell(scores)
-        if not seen.count:
-            return None
-        told = f"standard deviations is the mean score of {mean:.4g} from that of all before, {seen.mean:.4g}"
-        return self._above("score", abs(mean - seen.mean) / seen.std, told)
+        seen, mean, alarm = self._scores, float(scores.mean(dtype=np.float64)), None
+        if seen.count:
+            told = f"standard deviations is the mean score of {mean:.4g} from that of all before, {seen.mean:.4g}"
+            alarm = self._above("score", abs(mean - seen.mean) / seen.std, told)
+        seen.tell(scores)
+        return alarm
 
     def after(self, metrics: Mapping[str, float]) -> list[Alarm]:
         """Of an update that was made or skipped: the learner's own metrics. Without a critic it has no norm; and while

@@ -134,6 +134,7 @@ class RewardWorker:
         ]
         needs_text = any(isinstance(part.scorer, OfText) for part in self._parts)
         self._tokenizer = load_tokenizer(Path(inputs.tokenizer), inputs.chat_template) if needs_text else None
+        self._around = around_question(self._tokenizer) if self._tokenizer else ("", "")
 
     def score(self, rollouts: Rollouts) -> Scores:
         samples = self._samples(rollouts)
@@ -172,7 +173,7 @@ class RewardWorker:
             return []
         own = [name for name in rollouts.table.column_names if name not in Rollouts.COLUMNS]
         rows = rollouts.table.select(own).to_pylist() if own else [{} for _ in range(len(rollouts))]
-        before, behind = around_question(tokenizer)
+        before, behind = self._around
 
         def texts(ids: list[np.ndarray], special: bool = False) -> list[str]:
             return [tokenizer.decode(row, skip_special_tokens=not special) for row in ids]
