@@ -23,10 +23,18 @@ from rlhf_cluster.config import DPOConfig, ModelConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.schedule import learning_rate
-from rlhf_cluster.models.batching import PackedBatch
+from rlhf_cluster.models.batching import Layout, PackedBatch
 from rlhf_cluster.models.forward import PolicyModule
 from rlhf_cluster.models.load import load_policy, resolve_attention, resolve_dtype
-from rlhf_cluster.models.rankings import Layout, RankedRows, accumulate, means, of_all_sequences, prompt_batches, tally
+from rlhf_cluster.models.rankings import (
+    RankedRows,
+    accumulate,
+    layout_of,
+    means,
+    of_all_sequences,
+    prompt_batches,
+    tally,
+)
 from rlhf_cluster.models.trained import leave_policy
 from rlhf_cluster.records import Comparisons
 
@@ -116,7 +124,7 @@ def of_responses(
 
 
 def layout(engine: TrainEngine, job: DPOJob) -> Layout:
-    return Layout.of(job.cfg, job.model, engine.module.model)
+    return layout_of(job.cfg, job.model, engine.module.model)
 
 
 def response_sums(engine: TrainEngine, batch: PackedBatch) -> torch.Tensor:

@@ -22,8 +22,9 @@ from rlhf_cluster.config import ModelConfig, RMConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
 from rlhf_cluster.engine.schedule import learning_rate
+from rlhf_cluster.models.batching import Layout
 from rlhf_cluster.models.load import resolve_attention, resolve_dtype
-from rlhf_cluster.models.rankings import Layout, accumulate, means, of_all_sequences, prompt_batches
+from rlhf_cluster.models.rankings import accumulate, layout_of, means, of_all_sequences, prompt_batches
 from rlhf_cluster.models.score_head import ScalarHeadModel, save_scalar_head_model
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Comparisons, Demonstrations
@@ -147,7 +148,7 @@ def score(
 
 
 def layout(engine: TrainEngine, job: RMJob) -> Layout:
-    return Layout.of(job.cfg, job.model, engine.module.body)
+    return layout_of(job.cfg, job.model, engine.module.body)
 
 
 def evaluate(engine: TrainEngine, job: RMJob) -> RMEvaluation:

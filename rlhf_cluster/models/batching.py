@@ -149,12 +149,6 @@ def share(prompts: Ids, responses: Ids, context: int) -> list[list[int]]:
     return rows
 
 
-def evaluation_batches(prompts: Ids, responses: Ids, tokens_per_micro_batch: int, shares: bool) -> list[PackedBatch]:
-    """To be looked at alone: responses to one prompt stand in one row where the model `shares` prompts."""
-    rows = share(prompts, responses, tokens_per_micro_batch) if shares else singles(len(prompts))
-    return micro_batches(prompts, responses, rows, tokens_per_micro_batch, shared=len(rows) < len(prompts))
-
-
 def micro_batches(
     prompts: Ids, responses: Ids, rows: Rows, tokens_per_micro_batch: int, shared: bool = False
 ) -> list[PackedBatch]:
@@ -180,6 +174,20 @@ def micro_batches(
         batches.append(_batch(prompts, responses, [rows[row] for row in order[start:stop]], width, shared))
         start = stop
     return batches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences become micro-batches."""
+
+    tokens_per_micro_batch: int  # padded
+    shared_row: int  # tokens of a row in which responses to one prompt share it; 0: each stands alone
+
+    def rows(self, prompts: Ids, responses: Ids) -> list[list[int]]:
+        return share(prompts, responses, self.shared_row) if self.shared_row else singles(len(prompts))
+
+    def batches(self, prompts: Ids, responses: Ids, rows: Rows) -> list[PackedBatch]:
+        return micro_batches(prompts, responses, rows, self.tokens_per_micro_batch, shared=bool(self.shared_row))
 
 
 def dummy_batch() -> PackedBatch:

@@ -17,7 +17,7 @@ from rlhf_cluster.algo.losses import RankingLoss
 from rlhf_cluster.config import DPOConfig, ModelConfig, RMConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
-from rlhf_cluster.models.batching import NOBODY, PackedBatch, filled_up, micro_batches, share, singles
+from rlhf_cluster.models.batching import NOBODY, Layout, PackedBatch, filled_up
 from rlhf_cluster.models.forward import attends_to_all
 from rlhf_cluster.models.load import compute_device
 from rlhf_cluster.records import Comparisons
@@ -32,26 +32,10 @@ class RankedRows:
     ranks: torch.Tensor  # i64 [K], 1 the best
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How sequences become micro-batches."""
-
-    tokens_per_micro_batch: int  # padded
-    shared_row: int  # tokens of a row in which responses to one prompt share it; 0: each stands alone
-
-    @classmethod
-    def of(cls, cfg: RMConfig | DPOConfig, model: ModelConfig, network: PreTrainedModel) -> Layout:
-        """A prompt is shared where that is configured and `network` can be told what a response may see."""
-        shares = cfg.share_prompts and attends_to_all(network)
-        return cls(cfg.engine.tokens_per_micro_batch, model.context if shares else 0)
-
-    def rows(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> list[list[int]]:
-        return share(prompts, responses, self.shared_row) if self.shared_row else singles(len(prompts))
-
-    def batches(
-        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray], rows: Sequence[Sequence[int]]
-    ) -> list[PackedBatch]:
-        return micro_batches(prompts, responses, rows, self.tokens_per_micro_batch, shared=bool(self.shared_row))
+def layout_of(cfg: RMConfig | DPOConfig, model: ModelConfig, network: PreTrainedModel) -> Layout:
+    """A prompt is shared where that is configured and `network` can be told what a response may see."""
+    shares = cfg.share_prompts and attends_to_all(network)
+    return Layout(cfg.engine.tokens_per_micro_batch, model.context if shares else 0)
 
 
 def prompt_batches(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:

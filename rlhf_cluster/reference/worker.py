@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf_cluster.algo.logprobs import logprobs_from_logits
-from rlhf_cluster.models.batching import evaluation_batches, in_order
+from rlhf_cluster.models.batching import Layout, in_order
 from rlhf_cluster.models.forward import PolicyModule, attends_to_all
 from rlhf_cluster.models.load import compute_device, load_policy, resolve_attention, resolve_dtype
 from rlhf_cluster.records import RefLogprobs, Rollouts
@@ -20,14 +20,13 @@ class ReferenceWorker:
         self._device = compute_device()
         model = load_policy(Path(policy_path), resolve_dtype(dtype), resolve_attention(attention))
         self._policy = PolicyModule(model, logprobs_from_logits).to(self._device)
-        self._shares = attends_to_all(model)
-        self._tokens_per_micro_batch = tokens_per_micro_batch
+        self._layout = Layout(tokens_per_micro_batch, tokens_per_micro_batch if attends_to_all(model) else 0)
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts) -> RefLogprobs:
         """Logprobs of every response token at the temperature it was sampled with."""
         ids = rollouts.prompt_ids, rollouts.response_ids
-        batches = evaluation_batches(*ids, self._tokens_per_micro_batch, self._shares)
+        batches = self._layout.batches(*ids, self._layout.rows(*ids))
         temperature = float(rollouts.temperature[0])
         parts = []
         for batch in batches:

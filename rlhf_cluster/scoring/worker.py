@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from rlhf_cluster.config import COMPUTED_REWARDS, ConfigError, RewardConfig, RewardPart, part_names
-from rlhf_cluster.models.batching import evaluation_batches, in_order
+from rlhf_cluster.models.batching import Layout, in_order
 from rlhf_cluster.models.forward import attends_to_all
 from rlhf_cluster.models.load import compute_device, resolve_attention, resolve_dtype
 from rlhf_cluster.models.score_head import ScalarHeadModel
@@ -41,13 +41,12 @@ class ModelScorer:
         self._device = compute_device()
         model = ScalarHeadModel.from_directory(Path(path), resolve_dtype(dtype), resolve_attention(attention))
         self._model = model.to(self._device)
-        self._shares = attends_to_all(model.body)
-        self._tokens_per_micro_batch = tokens_per_micro_batch
+        self._layout = Layout(tokens_per_micro_batch, tokens_per_micro_batch if attends_to_all(model.body) else 0)
 
     @torch.no_grad()
     def __call__(self, rollouts: Rollouts) -> np.ndarray:
         ids = rollouts.prompt_ids, rollouts.response_ids
-        batches = evaluation_batches(*ids, self._tokens_per_micro_batch, self._shares)
+        batches = self._layout.batches(*ids, self._layout.rows(*ids))
         parts = [list(self._model(*b.to(self._device).score_arguments()).float().cpu().numpy()) for b in batches]
         return np.array(in_order(batches, parts, len(rollouts)), np.float32)
 

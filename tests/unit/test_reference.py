@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_cluster.config import RewardConfig
-from rlhf_cluster.models.batching import evaluation_batches
+from rlhf_cluster.models.batching import Layout
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.models.tokenizer import load_tokenizer
 from rlhf_cluster.records import Rollouts
@@ -69,5 +69,6 @@ def test_responses_to_one_prompt_are_judged_as_each_alone(
 
 def test_a_prompt_is_computed_once_for_as_many_responses_as_fit() -> None:
     ids = rollouts().prompt_ids, rollouts().response_ids
-    shared, apart = (sum(b.padded_tokens for b in evaluation_batches(*ids, LIMIT, shares)) for shares in (True, False))
+    layouts = Layout(LIMIT, LIMIT), Layout(LIMIT, 0)
+    shared, apart = (sum(b.padded_tokens for b in one.batches(*ids, one.rows(*ids))) for one in layouts)
     assert shared < 0.9 * apart

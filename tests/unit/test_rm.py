@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 from rlhf_cluster.config import EngineConfig, ModelConfig, OptimizerConfig, RMConfig
 from rlhf_cluster.engine.engine import TrainEngine
 from rlhf_cluster.engine.ranks import Ranks
-from rlhf_cluster.models.batching import micro_batches, singles
-from rlhf_cluster.models.rankings import Layout, whole_prompts
+from rlhf_cluster.models.batching import Layout, micro_batches, singles
+from rlhf_cluster.models.rankings import whole_prompts
 from rlhf_cluster.models.score_head import ScalarHeadModel
 from rlhf_cluster.records import Comparisons, Demonstrations
 from rlhf_cluster.rm import RMJob, evaluate, gradient, pair_margins, read_evaluation, summarize, train
