@@ -123,7 +123,8 @@ async def publish(
     began = time.perf_counter()
     snapshot = write_snapshot(directory, version, tensors)
     written = time.perf_counter()
-    await worker.receive(snapshot)
+    await worker.prepare(snapshot)
+    await worker.load()
     await worker.digests()
     loaded = time.perf_counter()  # nothing is sampled until it resumes
     paused = await worker.resume()

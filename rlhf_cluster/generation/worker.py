@@ -60,6 +60,7 @@ class GenerationWorker:
         self._engine: AsyncLLM | None = None
         self._adapter: LoRARequest | None = None
         self._held: int | None = None  # the version that was loaded last, and wholly
+        self._at_hand: Snapshot | None = None  # that waits to be loaded
         self._paused: float | None = None  # since when nothing is sampled
         self._probes = itertools.count()
         self._came = 0
@@ -178,22 +179,24 @@ class GenerationWorker:
         }
         return rows.extend(Rollouts, columns)
 
-    async def receive(self, snapshot: Snapshot, again: bool = False) -> None:
-        """Loads a published version under running requests, which fare as `weights.running` and `weights.kv` say, and
-        samples no more until `resume`.
+    async def prepare(self, snapshot: Snapshot, again: bool = False) -> None:
+        """A published version is what `load` then loads, and was checked: a bad one must not find the engine paused.
 
-        Asking for the version that serves already changes nothing, unless it is to be loaded `again`.
+        The version that serves already is not loaded, unless it is to be `again`.
         """
+        self._at_hand = None
         if again or not self.holds(snapshot.version):
-            await asyncio.to_thread(check, snapshot)  # a bad one must not find the engine paused
-            await self.change_to(snapshot)
+            await asyncio.to_thread(check, snapshot)
+            self._at_hand = snapshot
 
-    async def change_to(self, snapshot: Snapshot) -> None:
-        """As `receive`, of what was checked."""
-        await self.pause()
-        self._held = None
-        await (self._load_adapter(snapshot) if self._adapter_rank else self._load_weights(snapshot))
-        self._held = snapshot.version
+    async def load(self) -> None:
+        """What was prepared, under running requests, which fare as `weights.running` and `weights.kv` say; samples no
+        more until `resume`."""
+        if self._at_hand is not None:
+            await self.pause()
+            self._held = None
+            await (self._load_adapter if self._adapter_rank else self._load_weights)(self._at_hand)
+            self._held = self._at_hand.version
 
     async def open_direct(self, transport: str, told: dict[str, Any]) -> None:
         """Meets the learner, whose weights then come without the store."""
@@ -221,7 +224,7 @@ class GenerationWorker:
 
     async def end_direct(self, version: int) -> None:
         """The engine computes with `version`, and samples nothing until `resume`. What came damaged is named in the
-        log, and the version is not held then: `receive` loads it from the store."""
+        log, and the version is not held then: it is loaded from the store."""
         damaged = next(filter(None, await self.engine.collective_rpc("damaged_weights")), "")
         if damaged:
             logging.getLogger(__name__).warning("%s came damaged; it will be loaded from the store", damaged)

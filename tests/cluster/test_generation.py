@@ -71,7 +71,7 @@ class Bench:
         return self.worker.sample(members)
 
     async def receive(self, version: int) -> None:
-        await self.worker.receive(self.snapshot(version))
+        await receive(self.worker, self.snapshot(version))
         await self.worker.resume()
 
     def snapshot(self, version: int) -> Snapshot:
@@ -187,6 +187,11 @@ async def received_weights_are_sampled_from(bench: Bench) -> None:
     assert await bench.worker.version() == 1
 
 
+async def receive(worker: Any, snapshot: Snapshot, again: bool = False) -> None:
+    await worker.prepare(snapshot, again)
+    await worker.load()
+
+
 async def under_running_requests(bench: Bench, version: int, weights: WeightsConfig) -> Rollouts:
     """Eight responses of 200 tokens, in whose midst `version` comes."""
     members = laws.members(8, step=5)
@@ -194,7 +199,7 @@ async def under_running_requests(bench: Bench, version: int, weights: WeightsCon
     sampling = asyncio.create_task(bench.with_config(members, ignore_eos=True, max_response_tokens=200))
     snapshot = bench.snapshot(version)
     await asyncio.sleep(0.2)
-    await bench.worker.receive(snapshot)
+    await receive(bench.worker, snapshot)
     await bench.worker.resume()
     found = await sampling
     bench.worker._weights = kept
@@ -246,7 +251,7 @@ async def a_damaged_snapshot_is_refused_and_the_old_weights_serve(bench: Bench) 
     good = bench.snapshot(3)
     bad = replace(good, buckets=(*good.buckets[:-1], replace(good.buckets[-1], digest="0" * 16)))
     with pytest.raises(SnapshotError, match="has digest"):
-        await asyncio.wait_for(bench.worker.receive(bad), DEADLINE_S)
+        await asyncio.wait_for(receive(bench.worker, bad), DEADLINE_S)
     assert await bench.worker.version() == 0
     found = await asyncio.wait_for(bench.sampled(laws.members(8)), DEADLINE_S)
     assert largest(found.rollout_logprobs, bench.logprobs(0, found)) < bench.tolerance
@@ -257,7 +262,7 @@ async def engines_with_the_same_weights_have_the_same_digests(bench: Bench) -> N
     worker = bench.worker
     found = []
     for version in (1, 1, 2):
-        await worker.receive(bench.snapshot(version), True)
+        await receive(worker, bench.snapshot(version), again=True)
         found.append(await worker.digests())
     first, again, other = found
     assert await worker.resume() > 0 and await worker.resume() == 0
