@@ -1,13 +1,15 @@
 """What does alignment cost elsewhere? Perplexity on text that the run is not about, of the pretrained model, after SFT,
 after PPO and after PPO with the pretraining mix (PPO-ptx): the quickstart's recipe, and both once more for longer and
-without a KL penalty, since so few iterations cost little. The order of InstructGPT's figures 33 and 34 is to be met or
-missed.
+without a KL penalty, since so few iterations cost little; and PPO against a random reward as a control. The order of
+InstructGPT's figures 33 and 34 is to be met or missed. A second lexicon (AFINN), which nothing is trained on, judges
+the responses blindly.
 
     python benchmarks/learning/alignment_tax.py --text FILE [--seeds 0 1 2] [--coef 1.0] [--out DIR]
 
 FILE is plain text; the last fifth of its paragraphs is held out, the mix is of the others. Every run is
 `rlhf-cluster run`, as a person types it; what is finished is not run again. Adds its seeds to `alignment_tax.json`
-beside this file, draws `alignment_tax.png` and prints the table of all that is there.
+beside this file, draws `alignment_tax.png`, leaves a few samples in `samples/`, and prints the tables of all that is
+there.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import arms
 import matplotlib.pyplot as plt
+import responses
 import torch
 import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,8 +60,10 @@ def main() -> None:
     for seed in args.seeds:
         runs = one_seed(args.out / f"seed-{seed}", seed, train, args.coef)
         found.add(seed, runs, heldout)
+        responses.keep("alignment_tax", seed, runs)
         RESULTS.write_text(json.dumps({**measured, **dataclasses.asdict(found)}, indent=1) + "\n")
     print(arms.table({arm: list(of.values()) for arm, of in found.outcomes.items()}))
+    print(responses.table_of_text({policy: list(of.values()) for policy, of in found.texts.items()}))
     print("| policy | perplexity | by seed |\n|---|---|---|")
     for stage, values in found.perplexity.items():
         mean, error = arms.mean_and_error(list(values.values()))
@@ -72,10 +77,14 @@ class Found:
 
     perplexity: dict[str, dict[int, float]] = field(default_factory=dict)
     outcomes: dict[str, dict[int, arms.Outcome]] = field(default_factory=dict)
+    texts: dict[str, dict[int, responses.Text]] = field(default_factory=dict)
 
     def add(self, seed: int, runs: dict[str, Path], heldout: str) -> None:
+        tokenizer = result_policy(runs["PPO"])
+        self.texts.setdefault("SFT", {})[seed] = responses.read_text(runs["PPO"] / responses.BEFORE, tokenizer)
         for arm, run in runs.items():
             self.outcomes.setdefault(arm, {})[seed] = arms.outcome(run)
+            self.texts.setdefault(arm, {})[seed] = responses.read_text(run / responses.AFTER, tokenizer)
         for stage, policy in policies(runs).items():
             self.perplexity.setdefault(stage, {})[seed] = perplexity(policy, heldout)
             print(f"seed {seed}, {stage}: perplexity {self.perplexity[stage][seed]:.3f}", flush=True)
@@ -86,12 +95,13 @@ def read(measured: dict[str, object]) -> Found:
     if not RESULTS.is_file():
         return Found()
     told = json.loads(RESULTS.read_text())
-    perplexities, outcomes = told.pop("perplexity"), told.pop("outcomes")
+    perplexities, outcomes, texts = (told.pop(name) for name in ("perplexity", "outcomes", "texts"))
     if told != measured:
         raise SystemExit(f"{RESULTS} was measured with {told}, not with {measured}; move it away to begin anew")
     return Found(
         {stage: {int(seed): value for seed, value in values.items()} for stage, values in perplexities.items()},
         {arm: {int(seed): arms.Outcome.of_json(one) for seed, one in of.items()} for arm, of in outcomes.items()},
+        {arm: {int(seed): responses.Text(**one) for seed, one in of.items()} for arm, of in texts.items()},
     )
 
 
@@ -109,19 +119,15 @@ def one_seed(directory: Path, seed: int, train: Path, coef: float) -> dict[str, 
     """PPO, and all others from the same SFT policy against the same reward model."""
     whole = arms.run(directory / "ppo", ["recipe=quickstart", f"seed={seed}"])
     stages = whole / "stages"
-    alone = [
-        "recipe=quickstart",
-        f"seed={seed}",
-        "stages=[ppo]",
-        f"policy_path={stages / 'sft' / 'policy'}",
-        f"reward.path={stages / 'rm' / 'reward_model'}",
-    ]
+    start = ["recipe=quickstart", f"seed={seed}", "stages=[ppo]", f"policy_path={stages / 'sft' / 'policy'}"]
+    alone = [*start, f"reward.path={stages / 'rm' / 'reward_model'}"]
     mixed = [*alone, f"data.pretraining={train}", f"ppo.ptx.coef={coef}", *PTX]
     return {
         "PPO": whole,
         "PPO-ptx": arms.run(directory / f"ptx-{coef:g}", mixed),
         "PPO, further": arms.run(directory / "ppo-further", [*alone, *FURTHER]),
         "PPO-ptx, further": arms.run(directory / f"ptx-{coef:g}-further", [*mixed, *FURTHER]),
+        "PPO, random reward": arms.run(directory / "random", [*start, "reward=random"]),
     }
 
 

@@ -3,8 +3,10 @@ PPO with a reward model, PPO with the true reward, GRPO with the true reward, an
 
     python benchmarks/learning/arithmetic.py [--seeds 0 1 2] [--out DIR]
 
-Every run is `rlhf-cluster run`, as a person types it; what is finished is not run again. Leaves `arithmetic.json` and
-`arithmetic.png` beside this file, and prints the table.
+Beside exact match stand two measures that no reward sees: how many answers are numbers at all, and how far these are
+from the sum. Every run is `rlhf-cluster run`, as a person types it; what is finished is not run again, nor a seed that
+has its figures in `arithmetic.json`. Writes that file after every seed, leaves `arithmetic.png` beside it and a few
+samples in `samples/`, and prints the tables.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import arms
 import matplotlib.pyplot as plt
+import responses
 import small
 import sums
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "arithmetic.json"
 WRONG, DEMONSTRATIONS = 0.3, 9600
 
 TASK = arms.options(
@@ -76,19 +82,57 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/learning/arithmetic"))
     args = parser.parse_args()
-    found: dict[str, list[arms.Outcome]] = {arm: [] for arm in ARMS}
+    seeds = read_seeds()
     for seed in args.seeds:
-        for arm, outcome in one_seed(args.out / f"seed-{seed}", seed).items():
-            found[arm].append(outcome)
-            print(f"seed {seed}, {arm}: {outcome.before:.3f} -> {outcome.after:.3f}, KL {outcome.kl:.2f}", flush=True)
+        if seed not in seeds:
+            seeds[seed] = OfSeed.read(seed, one_seed(args.out / f"seed-{seed}", seed))
+            told = {seed: dataclasses.asdict(one) for seed, one in seeds.items()}
+            RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+    asked = [seeds[seed] for seed in args.seeds]
+    found = arms.by_arm(one.outcomes for one in asked)
     print(arms.table(found))
-    everything = {arm: [dataclasses.asdict(one) for one in outcomes] for arm, outcomes in found.items()}
-    (HERE / "arithmetic.json").write_text(json.dumps({"seeds": args.seeds, "arms": everything}, indent=1) + "\n")
+    print(table_of_answers(arms.by_arm(one.answers for one in asked)))
     draw(found, HERE / "arithmetic.png")
 
 
-def one_seed(directory: Path, seed: int) -> dict[str, arms.Outcome]:
-    """All arms of a seed, from one SFT policy."""
+@dataclass(frozen=True)
+class OfSeed:
+    """What a seed gave, by arm."""
+
+    outcomes: dict[str, arms.Outcome]
+    answers: dict[str, sums.Answers]  # with SFT, what all begin with
+
+    @classmethod
+    def read(cls, seed: int, runs: dict[str, Path]) -> OfSeed:
+        """Of finished runs; a few of their samples are kept."""
+        responses.keep("arithmetic", seed, runs)
+        model = next(iter(runs.values())).parent / "model"
+        found = cls(
+            {arm: arms.outcome(run) for arm, run in runs.items()},
+            {
+                "SFT": sums.Answers.read(runs[MODELLED] / responses.BEFORE, model),
+                **{arm: sums.Answers.read(run / responses.AFTER, model) for arm, run in runs.items()},
+            },
+        )
+        for arm, one in found.outcomes.items():
+            print(f"seed {seed}, {arm}: {one.before:.3f} -> {one.after:.3f}, KL {one.kl:.2f}", flush=True)
+        return found
+
+
+def read_seeds() -> dict[int, OfSeed]:
+    """What earlier runs wrote."""
+    told = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    return {
+        int(seed): OfSeed(
+            {arm: arms.Outcome.of_json(found) for arm, found in one["outcomes"].items()},
+            {arm: sums.Answers(**found) for arm, found in one["answers"].items()},
+        )
+        for seed, one in told.items()
+    }
+
+
+def one_seed(directory: Path, seed: int) -> dict[str, Path]:
+    """Where each arm of a seed lies, run to its end from one SFT policy."""
     data, model = directory / "data", directory / "model"
     if not model.is_dir():
         sums.write_data(data, seed, DEMONSTRATIONS, WRONG)
@@ -99,9 +143,20 @@ def one_seed(directory: Path, seed: int) -> dict[str, arms.Outcome]:
     rm = arms.run(directory / "rm", [*given, *RM])
     own = {MODELLED: [f"reward.path={rm / 'stages' / 'rm' / 'reward_model'}"]}  # of the others it would be the critic
     return {
-        arm: arms.outcome(arms.run(arms.place(directory, arm), [*given, *overrides, *own.get(arm, [])]))
+        arm: arms.run(arms.place(directory, arm), [*given, *overrides, *own.get(arm, [])])
         for arm, overrides in ARMS.items()
     }
+
+
+def table_of_answers(rows: dict[str, list[sums.Answers]]) -> str:
+    """Means over seeds, and each of them, as Markdown."""
+    lines = ["| policy | numbers | by seed | distance from the sum | by seed |", "|---|---|---|---|---|"]
+    for name, of_seeds in rows.items():
+        well, far = [one.well_formed for one in of_seeds], [one.error for one in of_seeds]
+        cells = [f"{fmean(well):.4f}", ", ".join(f"{one:.4f}" for one in well)]
+        cells += [f"{fmean(far):.2f}", ", ".join(f"{one:.2f}" for one in far)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(found: dict[str, list[arms.Outcome]], path: Path) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_cluster.telemetry.comparison import Comparison
 from rlhf_cluster.telemetry.metrics import MetricsRecord, read_metrics
 
+T = TypeVar("T")
 COMMAND = str(Path(sys.executable).parent / "rlhf-cluster")
 
 
@@ -93,6 +94,15 @@ def signed(values: Sequence[float]) -> str:
     """Their mean with its sign, and its standard error where there is one."""
     mean, error = mean_and_error(values)
     return f"{mean:+.3f}" if math.isnan(error) else f"{mean:+.3f} ± {error:.3f}"
+
+
+def by_arm(seeds: Iterable[dict[str, T]]) -> dict[str, list[T]]:
+    """One mapping of lists from what each seed gave."""
+    found: dict[str, list[T]] = {}
+    for of_seed in seeds:
+        for arm, one in of_seed.items():
+            found.setdefault(arm, []).append(one)
+    return found
 
 
 def place(directory: Path, arm: str) -> Path:

@@ -1,16 +1,18 @@
 """What does a reward model of 135M parameters learn from people's preferences? Trained on Anthropic's hh-rlhf
 (harmless), judged on conversations that were held out, with the obvious things tried: learning rate, epochs, longer
-rows, a start from SFT, rankings of OpenAssistant added. And on OpenAssistant's rankings alone, as its recipe has it.
+rows, a start from SFT, rankings of OpenAssistant added; and with labels by chance, as a control that must learn
+nothing. And on OpenAssistant's rankings alone, as its recipe has it.
 
     python benchmarks/learning/preferences.py --hh FILE --oasst FILE [--seeds 0 1 2] [--tries 0] [--threads 2]
         [--variants NAME ...] [--out DIR]
 
-A seed splits anew, by conversation. Seeds in `--tries` run every variant; the others run the recipe and the variant
-that was best there, and the table has the means of these alone where there are any: what is chosen by looking looks
-better than it is. (A seed's held-out conversations may be another's too.) Beside them stands what words alone give, on
-the same pairs (`tfidf.py`; of OpenAssistant on all, while its recipe leaves out those that are too long). Every run is
-`rlhf-cluster run`, as a person types it, of 20 minutes and more on two cores; what is finished, or has its figures in
-`preferences.json` already, is not run again. Writes that file after every run, and prints the table.
+A seed splits anew, by conversation. Seeds in `--tries` run every variant; the others run the recipe, the control and
+the variant that was best there, and the table has the means of these alone where there are any: what is chosen by
+looking looks better than it is. (A seed's held-out conversations may be another's too.) Beside them stands what words
+alone give, on the same pairs (`tfidf.py`; of OpenAssistant on all, while its recipe leaves out those that are too
+long). Every run is `rlhf-cluster run`, as a person types it, of 20 minutes and more on two cores; what is finished, or
+has its figures in `preferences.json` already, is not run again. Writes that file after every run, draws
+`preferences.png`, and prints the table.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import arms
+import matplotlib.pyplot as plt
 import tfidf
 from transformers import PreTrainedTokenizerBase
 
@@ -38,7 +42,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "preferences.json"
 WORDS = "TF-IDF and Bradley-Terry"
 CONTEXT, LONGER = 320, 512  # tokens of prompt and response
-RECIPE = "recipe: lr 2e-5, 1 epoch"
+RECIPE, CONTROL = "recipe: lr 2e-5, 1 epoch", "control: labels by chance"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ OASST = "OpenAssistant alone: its recipe"
 RM = arms.options(stages="[rm]")
 VARIANTS = {
     RECIPE: Variant(RM),
+    CONTROL: Variant(RM, "chance"),
     "lr 5e-5": Variant([*RM, *arms.options(rm__optimizer__lr=5e-5)]),
     "lr 1e-4": Variant([*RM, *arms.options(rm__optimizer__lr=1e-4)]),
     "2 epochs": Variant([*RM, *arms.options(rm__epochs=2)]),
@@ -123,6 +128,7 @@ def main() -> None:
     if args.variants:
         for seed in args.tries:
             judge(seed, args.variants)
+        draw(found)
         return
     for seed in args.seeds:
         judge_oasst(seed)
@@ -130,7 +136,8 @@ def main() -> None:
         judge(seed, VARIANTS)
     chosen = best(found.variants, args.tries)
     for seed in [seed for seed in args.seeds if seed not in args.tries]:
-        judge(seed, dict.fromkeys((RECIPE, chosen)))
+        judge(seed, dict.fromkeys((RECIPE, CONTROL, chosen)))
+    draw(found)
     print(table(found, args.tries))
 
 
@@ -151,7 +158,8 @@ def of_hh(variant: Variant, data: Path) -> list[str]:
 
 def best(variants: dict[str, dict[int, RMEvaluation]], tries: Sequence[int]) -> str:
     """The variant of the highest mean accuracy over the seeds that ran all."""
-    return max(VARIANTS, key=lambda name: arms.mean_and_error([variants[name][seed].accuracy for seed in tries])[0])
+    tried = [name for name in VARIANTS if name != CONTROL]
+    return max(tried, key=lambda name: arms.mean_and_error([variants[name][seed].accuracy for seed in tries])[0])
 
 
 def write_rows(directory: Path, hh: Path, oasst: Path, seed: int) -> float:
@@ -163,6 +171,7 @@ def write_rows(directory: Path, hh: Path, oasst: Path, seed: int) -> float:
     other = load_corpus(DataConfig(source="oasst", path=str(oasst), heldout_prompts=0, heldout_fraction=0.0), seed)
     rows, heldout = (fitting(one, tokenizer, CONTEXT) for one in (own.comparisons, own.heldout_comparisons))
     write(directory / "hh.jsonl", map(as_json, rows))
+    write(directory / "chance.jsonl", map(as_json, by_chance(rows, seed)))
     write(directory / "longer.jsonl", map(as_json, fitting(own.comparisons, tokenizer, LONGER)))
     write(directory / "pooled.jsonl", map(as_json, [*rows, *fitting(other.comparisons, tokenizer, CONTEXT)]))
     write(directory / "demonstrations.jsonl", map(preferred, rows))
@@ -179,6 +188,13 @@ def longest(row: ComparisonRow, tokenizer: PreTrainedTokenizerBase) -> int:
     prompt = tokenizer.apply_chat_template(turns(row), add_generation_prompt=True, tokenize=False)
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, *row.responses)]
     return lengths[0] + max(lengths[1:]) + 1
+
+
+def by_chance(rows: Iterable[ComparisonRow], seed: int) -> Iterator[ComparisonRow]:
+    """The same responses, preferred by the toss of a coin."""
+    rng = random.Random(seed)
+    for row in rows:
+        yield dataclasses.replace(row, ranks=tuple(rng.sample(row.ranks, len(row.ranks))))
 
 
 def turns(row: ComparisonRow) -> list[dict[str, str]]:
@@ -228,6 +244,25 @@ def table(found: Found, tries: Sequence[int]) -> str:
         told = [", ".join(map(str, words)), f"{mean(shares)} {by_seed(shares)}", "", "", "", ""]
         lines.append(f"| {WORDS}, {data_set} | {' | '.join(told)} |")
     return "\n".join(lines)
+
+
+def draw(found: Found) -> None:
+    """Accuracy with its standard error over prompts (dot) and length-controlled accuracy (cross), a row for each seed
+    of each variant; what words alone get right of the same pairs as a tick."""
+    ran = [(name, seed, one) for name, of_seeds in found.variants.items() for seed, one in sorted(of_seeds.items())]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(ran)), constrained_layout=True)
+    places = range(len(ran))
+    words = [found.words["oasst" if name == OASST else "hh"][seed] for name, seed, _ in ran]
+    accuracy, error = zip(*((one.accuracy, one.accuracy_se) for _, _, one in ran), strict=True)
+    axes.errorbar(accuracy, places, xerr=error, fmt="o", label="accuracy")
+    axes.plot([one.length_controlled_accuracy for _, _, one in ran], places, "x", label="length-controlled")
+    axes.plot(words, places, "|", color="0.3", markersize=12, label=WORDS)
+    axes.axvline(0.5, color="0.6", linestyle="--", linewidth=1)
+    axes.set_yticks(places, [f"{name}, seed {seed}" for name, seed, _ in ran])
+    axes.invert_yaxis()
+    axes.set(xlabel="held-out pairs ordered as people did", title="Reward models on people's preferences")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(HERE / "preferences.png", dpi=130)
 
 
 def mean(values: Sequence[float]) -> str:

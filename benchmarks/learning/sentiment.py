@@ -9,7 +9,8 @@ random reward as a control. The forms of Gao et al. 2022 are fitted to what come
 (`snippets.py`).
 
 Every run is `rlhf-cluster run`, as a person types it; what is finished is not run again, nor a seed that has its
-figures in `sentiment.json`. Writes that file after every seed, leaves `sentiment.png` beside it, and prints the tables.
+figures in `sentiment.json`. Writes that file after every seed, leaves `sentiment.png` beside it and a few samples in
+`samples/` (without prompts: they are the beginnings of people's reviews), and prints the tables.
 """
 
 from __future__ import annotations
@@ -17,27 +18,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import arms
 import gao
 import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet as pq
+import responses
 import small
 import snippets
-from afinn import Afinn
 from matplotlib.axes import Axes
-from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "sentiment.json"
-T = TypeVar("T")
 BEST_OF, BEST_OF_PROMPTS = 64, 100
 
 TASK = arms.options(
@@ -84,7 +82,7 @@ class RewardModel:
 
 REWARD_MODELS = {"large": RewardModel(0, 4000), "small": RewardModel(1, 300)}
 COEFFICIENTS = (0.0, 0.1, 0.5)
-CONTROL, BEFORE = "random", Path("stages/before/heldout.parquet")  # the control's directory; samples within a run's
+CONTROL = "random"  # the directory of its run
 
 
 def main() -> None:
@@ -100,10 +98,10 @@ def main() -> None:
             told = {seed: dataclasses.asdict(one) for seed, one in seeds.items()}
             RESULTS.write_text(json.dumps(told, indent=1) + "\n")
     asked = [seeds[seed] for seed in args.seeds]
-    found = by_arm(one.outcomes for one in asked)
+    found = arms.by_arm(one.outcomes for one in asked)
     best = mean_best([one.best for one in asked])
     print(arms.table(found))
-    print(table_of_text(by_arm(one.texts for one in asked)))
+    print(responses.table_of_text(arms.by_arm(one.texts for one in asked)))
     fits = {name: fit_arm(outcomes) for name, outcomes in found.items() if name.endswith("coefficient 0")}
     fits["best-of-n"] = fit_best(best)
     for name, fit in fits.items():
@@ -116,7 +114,7 @@ class OfSeed:
     """What a seed gave, by arm: outcomes, and what their responses look like; and the best of n."""
 
     outcomes: dict[str, arms.Outcome]
-    texts: dict[str, Text]
+    texts: dict[str, responses.Text]
     best: list[Best]
 
 
@@ -128,26 +126,18 @@ def read_seeds() -> dict[int, OfSeed]:
 
 def of_json(told: dict[str, Any]) -> OfSeed:
     outcomes = {arm: arms.Outcome.of_json(one) for arm, one in told["outcomes"].items()}
-    texts = {arm: Text(**one) for arm, one in told["texts"].items()}
+    texts = {arm: responses.Text(**one) for arm, one in told["texts"].items()}
     return OfSeed(outcomes, texts, [Best(**one) for one in told["best"]])
 
 
 def one_seed(task: Task) -> OfSeed:
-    outcomes, texts = {}, {}
-    for arm, directory in task.arms().items():
+    outcomes, texts, runs = {}, {"SFT": responses.read_text(task.before, task.model)}, task.arms()
+    for arm, directory in runs.items():
         outcomes[arm] = one = arms.outcome(directory)
-        texts[arm] = read_text(directory / "heldout_after.parquet", task.model)
+        texts[arm] = responses.read_text(directory / responses.AFTER, task.model)
         print(f"seed {task.seed}, {arm}: gold {one.before:+.3f} -> {one.after:+.3f}, KL {one.kl:.2f}", flush=True)
-    texts = {"SFT": read_text(task.before, task.model), **texts}
+    responses.keep("sentiment", task.seed, runs, prompts=False)
     return OfSeed(outcomes, texts, best_of_n(task.best_of_n()))
-
-
-def by_arm(seeds: Iterable[dict[str, T]]) -> dict[str, list[T]]:
-    found: dict[str, list[T]] = {}
-    for of_seed in seeds:
-        for arm, one in of_seed.items():
-            found.setdefault(arm, []).append(one)
-    return found
 
 
 @dataclass(frozen=True)
@@ -198,7 +188,7 @@ class Task:
     @property
     def before(self) -> Path:
         """What the SFT policy said; all arms begin with it."""
-        return self.directory / CONTROL / BEFORE
+        return self.directory / CONTROL / responses.BEFORE
 
     def best_of_n(self) -> Path:
         """The SFT policy's samples, many of each prompt, with gold and proxy; the one iteration after them is of no
@@ -211,40 +201,7 @@ class Task:
             f"data.heldout_prompts={BEST_OF_PROMPTS}",
             f"evaluation.samples_per_prompt={BEST_OF}",
         ]
-        return arms.run(self.directory / "best-of-n", options) / BEFORE
-
-
-@dataclass(frozen=True)
-class Text:
-    """What is to be said of the held-out responses of one policy, without gold or proxy."""
-
-    blind: float  # mean of the second lexicon's valence by response
-    ended: float  # share of responses that end by themselves
-    distinct_2: float  # different pairs of words over all pairs
-    tokens: float
-
-
-def read_text(heldout: Path, model: Path) -> Text:
-    table = pq.read_table(heldout)
-    tokenizer, lexicon = AutoTokenizer.from_pretrained(model), Afinn()
-    ids = table.column("response_ids").to_pylist()
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return Text(
-        fmean(lexicon.score(text) for text in texts),
-        fmean(reason == "stop" for reason in table.column("finish_reason").to_pylist()),
-        len(set(pairs)) / len(pairs),
-        fmean(map(len, ids)),
-    )
-
-
-def table_of_text(rows: dict[str, list[Text]]) -> str:
-    """Means over seeds, as Markdown."""
-    lines = ["| policy | blind lexicon | ended | distinct-2 | tokens |", "|---|---|---|---|---|"]
-    for name, texts in rows.items():
-        means = [fmean(values) for values in zip(*map(dataclasses.astuple, texts), strict=True)]
-        lines.append("| {} | {:+.2f} | {:.2f} | {:.2f} | {:.1f} |".format(name, *means))
-    return "\n".join(lines)
+        return arms.run(self.directory / "best-of-n", options) / responses.BEFORE
 
 
 @dataclass(frozen=True)

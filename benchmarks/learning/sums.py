@@ -6,9 +6,13 @@ Data and model are made by seed alone; of the 10,000 sums some are never shown (
 from __future__ import annotations
 
 import json
+import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
+import responses
 import small
 
 from rlhf_cluster.models.tiny import byte_tokenizer
@@ -45,3 +49,22 @@ def _misprint(answer: str, rng: random.Random) -> str:
 def write_model(directory: Path, seed: int) -> None:
     """A small Llama over bytes."""
     small.write_model(byte_tokenizer(), directory, positions=64, seed=seed)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is to be said of one policy's answers beside whether they are right: no reward sees it."""
+
+    well_formed: float  # share that end by themselves and are a number without leading zeros
+    error: float  # mean distance of the well-formed answers from the sum
+
+    @classmethod
+    def read(cls, heldout: Path, model: Path) -> Answers:
+        rows, texts = responses.read(heldout, model)
+        numbers = [
+            (int(text), int(row["answer"]))
+            for row, text in zip(rows, texts, strict=True)
+            if row["finish_reason"] == "stop" and text.isascii() and text.isdigit() and text == str(int(text))
+        ]
+        distances = [abs(number - answer) for number, answer in numbers]
+        return cls(len(numbers) / len(rows), fmean(distances) if distances else math.nan)
