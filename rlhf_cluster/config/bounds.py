@@ -33,6 +33,11 @@ def at_least(low: int, default: float) -> Any:
     return _bounded(default, Bound(lambda value: value >= low, f"be at least {low}"))
 
 
+def none_or_at_least(low: int) -> Any:
+    """0, which is the default, stands for none."""
+    return _bounded(0, Bound(lambda value: value == 0 or value >= low, f"be 0 or at least {low}"))
+
+
 def count(default: int) -> Any:
     return at_least(1, default)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlhf_cluster.config.bounds import at_least, count, not_negative, one_of, positive
+from rlhf_cluster.config.bounds import count, fraction, none_or_at_least, not_negative, one_of, positive
 
 VERIFIERS, PENALTIES = ("math", "exact", "regex", "json_schema"), ("length", "repetition")
 REWARD_KINDS = ("model", "random", "function", "http", *VERIFIERS, *PENALTIES)
@@ -59,7 +59,14 @@ class GenerationConfig:
     temperature: float = positive(1.0)  # InstructGPT C.4
     ignore_eos: bool = False  # sample exactly max_response_tokens (benchmarks)
     max_num_seqs: int = count(64)  # responses that one worker samples at once
-    kv_cache_memory: int = at_least(1 << 20, default=1 << 30)  # bytes per worker
+    kv_cache_memory: int = none_or_at_least(
+        1 << 20
+    )  # bytes of keys and values that a worker keeps; 0: on a GPU what its share
+    # has room for, else what max_num_seqs responses of the whole context take
+    gpu_memory_share: float = fraction(
+        0.9
+    )  # that a worker's model, keys and values may take of what it reserved of its
+    # GPU
     enforce_eager: bool = True  # no graph capture or compilation: quick to start
     tensor_parallel: int = count(1)  # processes of a worker that share each layer, one for each of its GPUs
     flush_ms: int = not_negative(50)  # what ended within this time leaves as one table

@@ -10,12 +10,14 @@ import pickle
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from rlhf_cluster.config import GenerationConfig, WeightsConfig
-from rlhf_cluster.models.load import resolve_dtype
+from rlhf_cluster.generation.memory import gpu_share, kv_cache_memory
+from rlhf_cluster.models.load import load_config, resolve_dtype
 from rlhf_cluster.records import Members, Rollouts
 from rlhf_cluster.weights.adapter import unpack
 from rlhf_cluster.weights.plugin import BACKEND, DIRECT
@@ -71,9 +73,10 @@ class GenerationWorker:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
 
+        block, dtype = CPU_BLOCK if current_platform.is_cpu() else 0, resolve_dtype(self._dtype)
         return AsyncEngineArgs(
             model=self._model_path,
-            dtype=str(resolve_dtype(self._dtype)).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             max_model_len=self._context,
             max_num_seqs=self._cfg.max_num_seqs,
             enforce_eager=self._cfg.enforce_eager,
@@ -81,9 +84,12 @@ class GenerationWorker:
             enable_chunked_prefill=False if current_platform.is_cpu() else None,
             # Whole blocks alone are shared by the responses to a prompt, and the CPU build's own 128 is more than most
             # prompts have.
-            block_size=CPU_BLOCK if current_platform.is_cpu() else None,
-            kv_cache_memory_bytes=self._cfg.kv_cache_memory,
-            gpu_memory_utilization=0.3,  # unused beside kv_cache_memory_bytes, but the CPU build checks it at start
+            block_size=block or None,
+            kv_cache_memory_bytes=kv_cache_memory(
+                load_config(Path(self._model_path)), dtype, self._cfg, self._context, block
+            ),
+            # Without a GPU it is not used, but the CPU build checks at start that so much is free.
+            gpu_memory_utilization=0.3 if block else gpu_share(self._cfg),
             tensor_parallel_size=self._cfg.tensor_parallel,
             logprobs_mode="processed_logprobs",  # after temperature: what the tokens were really drawn from
             generation_config="vllm",  # no sampling defaults from the model's directory

@@ -178,7 +178,7 @@ def test_an_unknown_stage_is_refused() -> None:
         ("ppo.off_policy.low=6", r"ppo\.off_policy\.low=6, high=5: low must be below high"),
         ("ppo.max_staleness=-1", r"ppo\.max_staleness=-1: it must not be negative"),
         ("seed=4294967296", r"seed=4294967296: it must be from 0 to 4294967295"),
-        ("generation.kv_cache_memory=1", r"generation\.kv_cache_memory=1: it must be at least 1048576"),
+        ("generation.kv_cache_memory=1", r"generation\.kv_cache_memory=1: it must be 0 or at least 1048576"),
         ("sft.optimizer.warmup_steps=-1", r"sft\.optimizer\.warmup_steps=-1: it must not be negative"),
         ("generation.resources.memory=-5", r"generation\.resources\.memory=-5: it must not be negative"),
         ("cluster.start_timeout_s=-1", r"cluster\.start_timeout_s=-1: it must be above 0"),
