@@ -37,9 +37,12 @@ from virtual_time import Clock, run
 from workload import log_of
 
 from rlhf_cluster import ppo
-from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool
+from rlhf_cluster.cluster.crew import Crew
 from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.hosts import Host
+from rlhf_cluster.cluster.learner_group import LearnerGroup, Settled
+from rlhf_cluster.cluster.pools import ReferencePool, RewardPool
+from rlhf_cluster.cluster.sampling import GenerationPool
 from rlhf_cluster.config import PPOConfig, WeightsConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.loop.admission import Batch
@@ -264,10 +267,10 @@ async def simulate(workers: int, staleness: int, args: argparse.Namespace, direc
     batch = workers * args.slots
     ranks = [host(f"learner {i}", Rank(i, PER_TOKEN_S * others / batch, clock).actor()) for i in range(others)]
     rooms = Rooms(
-        GenerationPool(samplers, channel, DEADLINE_S, args.slots, FLUSH_MS),
-        RewardPool(scorers, DEADLINE_S),
-        ReferencePool(scorers, DEADLINE_S),
-        LearnerGroup(ranks, channel, DEADLINE_S, put=lambda table: table),
+        GenerationPool(Crew.of(samplers), channel, DEADLINE_S, args.slots, FLUSH_MS),
+        RewardPool(Crew.of(scorers), DEADLINE_S),
+        ReferencePool(Crew.of(scorers), DEADLINE_S),
+        LearnerGroup(Settled(ranks), channel, DEADLINE_S, put=lambda table: table),
     )
     watch = Watch(clock, sampling)
     cfg = PPOConfig(

@@ -26,9 +26,12 @@ import numpy as np
 from rounds import Measured, ratio, show, write
 from workload import rollouts_of
 
-from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup, ReferencePool, RewardPool
+from rlhf_cluster.cluster.crew import Crew
 from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.hosts import Host, spawn
+from rlhf_cluster.cluster.learner_group import LearnerGroup, Settled
+from rlhf_cluster.cluster.pools import ReferencePool, RewardPool
+from rlhf_cluster.cluster.sampling import GenerationPool
 from rlhf_cluster.cluster.session import ray_session
 from rlhf_cluster.collection import collect
 from rlhf_cluster.config import ClusterConfig, PPOConfig, Resources, WeightsConfig
@@ -121,10 +124,10 @@ def start(tokens: int, logs: Path) -> Actors:
 def make_rooms(actors: Actors, rollouts: int) -> Rooms:
     channel = WeightChannel(actors.source, "", "", "stream", 0, WeightsConfig())
     return Rooms(
-        GenerationPool([actors.source], channel, DEADLINE_S, rollouts),
-        RewardPool([actors.reward], DEADLINE_S),
-        ReferencePool([actors.reference], DEADLINE_S),
-        LearnerGroup([actors.sink], channel, DEADLINE_S),
+        GenerationPool(Crew.of([actors.source]), channel, DEADLINE_S, rollouts),
+        RewardPool(Crew.of([actors.reward]), DEADLINE_S),
+        ReferencePool(Crew.of([actors.reference]), DEADLINE_S),
+        LearnerGroup(Settled([actors.sink]), channel, DEADLINE_S),
     )
 
 

@@ -160,7 +160,7 @@ class Iterations:
 async def measure(cfg: RunConfig, paths: PPOInputs, prompts: Prompts, work: Path, shown: Iterations) -> dict[str, int]:
     """Runs every iteration; returns the peak memory of each process in bytes."""
     async with open_rooms(cfg, Attempt(cfg.name, 0, work / "logs"), paths) as opened:
-        log = log_of(work, shown, idle=opened.activity.idle)
+        log = log_of(work, shown, workers=lambda iteration: opened.metrics())
         await ppo.train(opened.rooms, PromptOrder(prompts, cfg.seed), cfg.ppo, log)
         driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {**await opened.peak_memory(), "driver": driver}

@@ -76,7 +76,7 @@ def log_of(
     directory: Path,
     sink: Sink,
     show: Callable[[int, Batch], None] = lambda step, batch: None,
-    idle: Callable[[], Mapping[str, float]] = dict,
+    workers: Callable[[int], Mapping[str, float]] = lambda iteration: {},
 ) -> ppo.Log:
     """Rollouts and checkpoints go below `directory`, what is wrong to the terminal."""
 
@@ -90,7 +90,7 @@ def log_of(
         Checkpoints(directory / "checkpoints"),
         show,
         warn,
-        idle=idle,
+        workers=workers,
     )
 
 

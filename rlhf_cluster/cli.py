@@ -109,6 +109,10 @@ def parser() -> argparse.ArgumentParser:
     tuning.add_argument("run_dir", type=Path, help=f"{RUN_DIR}, with a few iterations of PPO")
     tuning.add_argument("--cpus", type=float, default=0.0, help="cores that there are; default: those of the run")
     tuning.add_argument("--gpus", type=float, default=0.0, help="GPUs that there are; default: those of the run")
+    scaling = command("scale", scale, "change the pools of a run while it goes on")
+    scaling.add_argument("run_dir", type=Path, help=RUN_DIR)
+    scaling.add_argument("pools", nargs="+", metavar="POOL=NUMBER", help="generation=4 reward=1 reference=1")
+    scaling.add_argument("--wait", type=float, default=900.0, help="seconds for it to be done; default: 900")
     command("doctor", doctor, "check this machine and say how to mend what is wrong")
     return top
 
@@ -147,6 +151,12 @@ def tune(args: argparse.Namespace) -> None:
     from rlhf_cluster.planning import tune as planning
 
     planning.show(planning.tune(args.run_dir, args.cpus, args.gpus))
+
+
+def scale(args: argparse.Namespace) -> None:
+    from rlhf_cluster.cluster import scaling
+
+    print(scaling.ask(args.run_dir, scaling.parse(args.pools), args.wait))
 
 
 def submit(args: argparse.Namespace) -> int:

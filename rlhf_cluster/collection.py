@@ -15,10 +15,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Set as AbstractSet
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.loop.admission import Admission, Batch
-from rlhf_cluster.records import Members, Rollouts, join
-from rlhf_cluster.rooms import Rooms
+from rlhf_cluster.records import QUARANTINED, Members, RefLogprobs, Rollouts, ScoredRollouts, Scores, join
+from rlhf_cluster.rooms import NoReference, Rooms
 from rlhf_cluster.telemetry.timer import Timer
 
 T = TypeVar("T")
@@ -89,7 +91,14 @@ async def evaluate_all(rooms: Rooms, step: int, members: Members, admission: Adm
 
 
 async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, admission: Admission, timer: Timer) -> None:
-    """Score and reference side by side, then the learner's own logprobs and values of what is admitted."""
+    """Score and reference side by side, then the learner's own logprobs and values of what is admitted. What has no
+    response goes nowhere but on record."""
+    sampled = [not reason.startswith(QUARANTINED) for reason in rollouts.finish_reason]
+    if not all(sampled):
+        admission.take(unscored(rooms, rollouts.take(np.flatnonzero(~np.array(sampled)))))
+        rollouts = rollouts.take(np.flatnonzero(sampled))
+        if not len(rollouts):
+            return
 
     async def timed(part: str, ask: Callable[[Rollouts], Awaitable[T]]) -> T:
         with timer(part):
@@ -102,6 +111,15 @@ async def evaluate(rooms: Rooms, step: int, rollouts: Rollouts, admission: Admis
     if len(admitted):
         with timer("old_log_prob"):
             await rooms.learner.add(step, admitted)
+
+
+def unscored(rooms: Rooms, rollouts: Rollouts) -> ScoredRollouts:
+    """Rollouts that there are none of, as rows that nothing can be trained on; the reason is why they ended."""
+    ids, failures = rollouts.sample_id, rollouts.finish_reason
+    scores = Scores.of({"sample_id": ids, "score": [0.0] * len(ids), "failure": failures})
+    nothing: list[list[float]] = [[]] * len(ids)
+    ref = RefLogprobs.of({"sample_id": ids, "ref_logprobs": nothing})
+    return join(rollouts, scores, None if isinstance(rooms.reference, NoReference) else ref)
 
 
 def reasons(batch: Batch) -> str:

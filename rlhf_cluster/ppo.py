@@ -29,7 +29,7 @@ from rlhf_cluster.config import PPOConfig
 from rlhf_cluster.loop.admission import DROPPED, FILTERED, Batch
 from rlhf_cluster.loop.control import Control, KLCoefficient
 from rlhf_cluster.loop.guardrails import Alarm, Guardrails, Rail, gravest, moved_nothing
-from rlhf_cluster.records import Controls, ScoredRollouts, UpdateStats
+from rlhf_cluster.records import QUARANTINED, Controls, ScoredRollouts, UpdateStats
 from rlhf_cluster.rooms import Rooms
 from rlhf_cluster.storage.checkpoints import Checkpoint, Checkpoints
 from rlhf_cluster.storage.rollout_log import RolloutLog
@@ -62,7 +62,7 @@ class Log:
     # further metrics that nothing learns from: of a batch, and of a version once generation serves it
     measure: Callable[[ScoredRollouts], Mapping[str, float]] = lambda batch: {}
     evaluate: Callable[[int, Awaitable[object]], Awaitable[Mapping[str, float]]] = _never
-    idle: Callable[[], Mapping[str, float]] = dict  # `idle/<role>` since it was asked last
+    workers: Callable[[int], Mapping[str, float]] = lambda iteration: {}  # what there is to say of them since the last
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,9 @@ def write_down(
             **log.measure(rows),
             **further,
             **seconds,
-            **log.idle(),
+            **log.workers(stats.weight_version),
             "rollout/filtered": float(len(batch.others.get(FILTERED, ()))),
+            "fault/quarantined": float(len(batch.others.get(QUARANTINED, ()))),
             "fault/dropped": float(len(batch.others.get(DROPPED, ()))),
             "fault/neutral": float(sum(map(bool, failures_of_parts(rows)))),
             **{f"guard/{alarm.name}": alarm.value for alarm in alarms},

@@ -22,6 +22,7 @@ R = TypeVar("R", bound="Record")
 
 TOKENS = pa.list_(pa.int32())
 PER_TOKEN = pa.list_(pa.float32())
+QUARANTINED = "quarantined"  # begins why there is no response, or no score, of a sample that workers were lost over
 
 
 class RecordError(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from rlhf_cluster.telemetry.activity import Activity
 from rlhf_cluster.telemetry.quiet import log_to_file, quiet_libraries
 from rlhf_cluster.telemetry.timer import Timeline
 
+PULSE = "pulse"  # answers on a thread of its own
 TRACE = 0.001  # of a node's custom resource: it says where a worker lives, not how many may
 
 
@@ -91,6 +93,11 @@ class Hosted:
         """Answers once construction is done: with the node that the process lives on."""
         return ray.get_runtime_context().get_node_id()
 
+    @ray.method(concurrency_group=PULSE)
+    def pulse(self) -> tuple[int, str]:
+        """This process and its node, beside whatever else it is at."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
     def endpoint(self) -> tuple[str, int]:
         """This node's address and a port that is free now."""
         with socket.socket() as probe:
@@ -139,7 +146,7 @@ def spawn(
         options["memory"] = resources.memory
     if group is not None:
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-    actor = ray.remote(hosted(worker)).options(**options).remote(str(log), *args)
+    actor = ray.remote(concurrency_groups={PULSE: 1})(hosted(worker)).options(**options).remote(str(log), *args)
     activity = activity or Activity(Timeline())
     activity.know(name)
     return Host(name, actor, log, activity)

@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from rlhf_cluster.interrupts import first_cause
 
 LOG_LINES = 12
+ENGINE_DEAD = "EngineDeadError"  # vLLM's; the worker's own process lives
 LOW_ON_MEMORY = re.compile(r"low on memory.*? was ([\d.]+ ?GB) used / ([\d.]+ ?GB)", re.DOTALL)  # in Ray's words
 
 
@@ -23,8 +24,21 @@ class WorkerError(RuntimeError):
     """A worker failed, died or did not answer in time; the message names it."""
 
 
-class WorkerDied(WorkerError):
-    """The worker's process is gone: what was asked of it may be asked of another."""
+class WorkerLost(WorkerError):
+    """Nothing more is to be had of the worker: what was asked of it may be asked of another."""
+
+
+class WorkerDied(WorkerLost):
+    """The worker's process is gone, or the engine that it samples with."""
+
+
+class WorkerSilent(WorkerLost):
+    """The worker did not answer in time."""
+
+
+def brief(error: WorkerError) -> str:
+    """Without the lines of its log."""
+    return str(error).partition("; the last lines of ")[0]
 
 
 def out_of_memory(error: BaseException) -> str:
@@ -49,21 +63,28 @@ class Call:
     def failed(self, error: BaseException, deadline_s: float) -> WorkerError:
         """The error to raise instead of Ray's."""
         if isinstance(error, GetTimeoutError | asyncio.TimeoutError) and not isinstance(error, RayTaskError):
-            return WorkerError(f"{self.worker} did not answer `{self.verb}` within {deadline_s:g} s{self._tail()}")
+            return WorkerSilent(f"{self.worker} did not answer `{self.verb}` within {deadline_s:g} s{self._tail()}")
         if memory := out_of_memory(error):
             return WorkerDied(f"{self.worker} died during `{self.verb}`: {memory}")
         if isinstance(error, RayActorError):
             return WorkerDied(f"{self.worker} died during `{self.verb}`{self._tail()}")
         cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
         cause = first_cause(cause)
+        if type(cause).__name__ == ENGINE_DEAD:
+            return WorkerDied(f"{self.worker}'s engine died during `{self.verb}`{self._tail()}")
         its_log = f" (its log: {self.log})" if self.log else ""
         return WorkerError(f"{self.worker} failed in `{self.verb}`: {type(cause).__name__}: {cause}{its_log}")
 
     def _tail(self) -> str:
-        if self.log is None or not self.log.is_file():
-            return ""
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        return f"; the last lines of {self.log}:\n" + "\n".join(f"  {line}" for line in lines)
+        return last_lines(self.log)
+
+
+def last_lines(log: Path | None) -> str:
+    """As the end of a sentence; nothing where there is no log."""
+    if log is None or not log.is_file():
+        return ""
+    lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return f"; the last lines of {log}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def get(reference: Any, call: Call, deadline_s: float) -> Any:

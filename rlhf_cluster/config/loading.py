@@ -84,7 +84,7 @@ def differences(cfg: RunConfig, before: RunConfig) -> list[str]:
         r"dir|resume|ppo\.(save_every|keep_checkpoints|empty_wait_s|guardrails\..*)|(logging|cluster)\..*"
         r"|reward\.(deadline_s|retries|backoff_s|breaker_failures|breaker_s|batch_size|concurrency|token_env)"
         r"|.*\.resources\..*|.*\.(tokens_per_micro_batch|zero_stage|offload_optimizer|activation_checkpointing)"
-        r"|learner\.packing|generation\.(max_num_seqs|kv_cache_memory|gpu_memory_share|flush_ms)"
+        r"|learner\.(packing|min_workers|keep_state_every)|generation\.(max_num_seqs|kv_cache_memory|gpu_memory_share|flush_ms)"
     )
     old = dict(leaves(before))
     changed = [(key, new) for key, new in leaves(cfg) if new != old[key] and not may_change.fullmatch(key)]

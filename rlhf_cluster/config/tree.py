@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_cluster.config.bounds import bounded_leaves, count, fraction, not_negative, one_of, positive
+from rlhf_cluster.config.bounds import bounded_leaves, count, fraction, not_negative, one_of, positive, share
 from rlhf_cluster.config.stages import DPOConfig, PPOConfig, RMConfig, SFTConfig
 from rlhf_cluster.config.workers import (
     COMPUTED_REWARDS,
@@ -61,6 +61,27 @@ class DataConfig:
 
 
 @dataclass
+class ScheduledPools:
+    """Pools that change when an iteration begins; 0: as it was."""
+
+    iteration: int = count(1)
+    generation: int = not_negative(0)
+    reward: int = not_negative(0)
+    reference: int = not_negative(0)
+
+
+@dataclass
+class AutoscaleConfig:
+    """Of the generation workers, by who waits for whom."""
+
+    least: int = count(1)
+    most: int = not_negative(0)  # 0: no autoscaling
+    learner_idle: float = share(0.3)  # one more where the learner waited for more than this of an iteration
+    generation_idle: float = share(0.5)  # one fewer where generation did
+    cooldown: int = count(3)  # iterations after a change in which there is no other
+
+
+@dataclass
 class ClusterConfig:
     """Where Ray is and how long anything may take."""
 
@@ -68,6 +89,14 @@ class ClusterConfig:
     start_timeout_s: float = positive(300.0)  # workers must be ready within
     call_timeout_s: float = positive(1800.0)  # any single call must return within
     temp_dir: str = ""  # Ray's session directory; empty: Ray's default
+    restarts: int = not_negative(8)  # workers of a role that may take the place of lost ones
+    restart_refill_s: float = positive(600.0)  # until one more may
+    restart_backoff_s: float = positive(1.0)  # before the first of them; twice as long before each further one
+    drain_s: float = positive(60.0)  # that a worker which is to leave has for what it is at
+    pulse_s: float = positive(10.0)  # between two questions whether a worker lives
+    silence_s: float = positive(60.0)  # without an answer to that, it does not
+    schedule: list[ScheduledPools] = field(default_factory=list)
+    autoscale: AutoscaleConfig = field(default_factory=AutoscaleConfig)
 
 
 @dataclass

@@ -37,6 +37,11 @@ def _validate_run(cfg: RunConfig) -> None:
         f"cluster.address={cfg.cluster.address}: it must be local, auto or HOST:PORT",
     )
     require(0 <= cfg.seed < 1 << 32, f"seed={cfg.seed}: it must be from 0 to {(1 << 32) - 1}")
+    auto = cfg.cluster.autoscale
+    require(
+        not auto.most or auto.least <= auto.most,
+        f"cluster.autoscale.least={auto.least}, most={auto.most}: least must not be above most",
+    )
     for stage in cfg.stages:
         require_one_of("stages", stage, STAGES)
     require(bool(cfg.stages), f"stages is empty; it must name at least one of {', '.join(STAGES)}")

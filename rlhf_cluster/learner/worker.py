@@ -281,10 +281,15 @@ class LearnerWorker:
         save_state(models.engines, target / "state", self._ranks, models.average)
         return [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
 
+    def keep(self, directory: str) -> None:
+        """The part of `save` that `load` reads. A collective."""
+        save_state(self._models.engines, Path(directory) / "state", self._ranks, self._models.average)
+
     def load(self, directory: str, version: int) -> None:
-        """Restores what `save` wrote below `directory`; the policy is then `version`, and older batches are closed."""
+        """Restores what `save` or `keep` wrote below `directory`; the policy is then `version`, and older batches are
+        closed."""
         load_state(self._models.engines, Path(directory) / "state", self._models.average)
-        self._version = version
+        self._version = self._published = version
         self._open = {step: batch for step, batch in self._open.items() if step >= version}
         for batch in self._open.values():
             self._begin_again(batch)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from rlhf_cluster.records import Members, ScoredRollouts
+from rlhf_cluster.records import QUARANTINED, Members, ScoredRollouts
 
-TRAINED, FILTERED, DROPPED = "trained", "filtered", "dropped"
+TRAINED, FILTERED, DROPPED = "trained", "filtered", "dropped"  # beside QUARANTINED
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Admission:
         self._telling = telling
         self._expected: Counter[str] = Counter()
         self._waiting: dict[str, list[ScoredRollouts]] = defaultdict(list)
-        self._settled: dict[str, list[ScoredRollouts]] = {TRAINED: [], FILTERED: [], DROPPED: []}
+        self._settled: dict[str, list[ScoredRollouts]] = defaultdict(list)
         self._gone: list[str] = []
 
     def expect(self, members: Members) -> None:
@@ -100,6 +100,8 @@ class Admission:
         return Batch(rows.pop(TRAINED, ScoredRollouts.empty()), rows)
 
     def _judge(self, failures: Sequence[str], scores: np.ndarray) -> str:
+        if any(failure.startswith(QUARANTINED) for failure in failures):
+            return QUARANTINED
         if any(failures):
             return DROPPED
         return FILTERED if self._telling and np.ptp(scores) < 1e-8 else TRAINED

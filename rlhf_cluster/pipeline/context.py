@@ -32,7 +32,7 @@ class Run:
     @property
     def attempt(self) -> Attempt:
         name = self.directory.unique_name(self.cfg.name)
-        return Attempt(name, self.directory.attempt, self.directory.attempt_logs, self.timeline)
+        return Attempt(name, self.directory.attempt, self.directory.attempt_logs, self.timeline, self.progress.note)
 
     def output(self, stage: str) -> Path | None:
         return self.directory.stage_output(stage)

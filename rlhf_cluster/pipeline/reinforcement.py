@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,8 +14,9 @@ import pyarrow.parquet as pq
 
 from rlhf_cluster import ppo, rm
 from rlhf_cluster.cluster.placement import OpenRooms, PPOInputs, open_rooms
+from rlhf_cluster.cluster.scaling import Scaling
 from rlhf_cluster.collection import most_frequent, reasons
-from rlhf_cluster.config import RunConfig
+from rlhf_cluster.config import RunConfig, roles
 from rlhf_cluster.data.batches import PromptOrder, heldout_members
 from rlhf_cluster.evaluation.heldout import HeldOut, compare_heldout, read_heldout, sample_heldout, samples
 from rlhf_cluster.interrupts import run_async
@@ -22,6 +25,7 @@ from rlhf_cluster.pipeline.context import Run
 from rlhf_cluster.records import Pretraining, ScoredRollouts
 from rlhf_cluster.storage.checkpoints import Checkpoints
 from rlhf_cluster.storage.durable import replace_text
+from rlhf_cluster.storage.requests import Requests
 from rlhf_cluster.storage.rollout_log import RolloutLog
 from rlhf_cluster.storage.run_directory import RunDirectory
 from rlhf_cluster.telemetry.comparison import gold_of, write_samples
@@ -50,7 +54,7 @@ async def _run_ppo(run: Run) -> None:
     run.progress.note("ppo: starting generation, reward, reference and learner workers")
     text = run.inputs.pretraining if cfg.ppo.ptx.coef else Pretraining.empty()
     inputs = PPOInputs(run.ppo_policy, reference, _reward_model(run), text)
-    async with open_rooms(cfg, run.attempt, inputs) as opened:
+    async with open_rooms(cfg, run.attempt, inputs) as opened, scaled(run, opened) as scaling:
         start = await _resume(run, opened, checkpoints)
         before = await _before(run, opened)
         timer = Timer(run.timeline, ppo.STAGE)
@@ -63,9 +67,10 @@ async def _run_ppo(run: Run) -> None:
             run.progress.note,
             _gold_score(run),
             partial(_on_the_way, run, opened, timer),
-            opened.activity.idle,
+            partial(_of_workers, opened, scaling),
         )
-        opened.activity.idle()  # what was before counts for no iteration
+        scaling.begin(start.step + 1)
+        opened.metrics()  # what was before counts for no iteration
         with run.progress.stage(ppo.STAGE, cfg.ppo.steps):
             await ppo.train(opened.rooms, PromptOrder(run.inputs.prompts, cfg.seed), cfg.ppo, log, start)
         await _serve_average(run, opened, cfg.ppo.steps)
@@ -76,6 +81,29 @@ async def _run_ppo(run: Run) -> None:
         memory = {f"memory_gb/{name.replace(' ', '_')}": peak / 1e9 for name, peak in peaks.items()}
         last_checkpoint = timer.take()
         run.metrics.log(ppo.STAGE, cfg.ppo.steps, after.metrics() | memory | last_checkpoint)
+
+
+@asynccontextmanager
+async def scaled(run: Run, opened: OpenRooms) -> AsyncIterator[Scaling]:
+    """The pools change meanwhile, as is asked for."""
+    of_role = roles(run.cfg)
+    resources = {role: of_role[role] for role in opened.crews}
+    requests = Requests(run.directory.requests)
+    scaling = Scaling(opened.crews, resources, run.cfg.cluster, requests, run.progress.note)
+    async with asyncio.TaskGroup() as beside:
+        following = beside.create_task(scaling.follow())
+        try:
+            yield scaling
+        finally:
+            following.cancel()
+            scaling.end()
+
+
+def _of_workers(opened: OpenRooms, scaling: Scaling, iteration: int) -> Mapping[str, float]:
+    """What an iteration's record says of the workers, which scaling goes by too."""
+    found = opened.metrics()
+    scaling.iteration(iteration, found)
+    return found
 
 
 def _reward_model(run: Run) -> Path | None:

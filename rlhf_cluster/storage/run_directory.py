@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,8 @@ class RunLayout:
         self.rollouts = path / "rollouts"
         self.checkpoints = path / "checkpoints"
         self.stages = path / "stages"
+        self.requests = path / "requests"
+        self.lock = path / "driver.lock"
 
     @property
     def holds_run(self) -> bool:
@@ -77,7 +80,7 @@ class RunDirectory(RunLayout):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._make(path)
-        lock = path / "driver.lock"
+        lock = self.lock
         if not self.holds_run:
             _refuse_what_is_of_others(path, lock)
         self._lock = RunLock(lock)
@@ -96,6 +99,7 @@ class RunDirectory(RunLayout):
         self.attempt_logs = self.logs / f"attempt-{self.attempt}"
         self._make(self.attempt_logs)
         self.report.unlink(missing_ok=True)
+        shutil.rmtree(self.requests, ignore_errors=True)  # of a driver that is gone
 
     def write_config(self, resolved: str, overrides: Sequence[str]) -> None:
         """Keeps the resolved configuration (YAML text) and the overrides that led to it (`key=value` each)."""

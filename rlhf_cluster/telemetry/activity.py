@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from rlhf_cluster.telemetry.timer import Span, Timeline, Timer
@@ -43,14 +43,30 @@ class Activity:
         self._timeline = timeline
         self._timer = Timer(timeline, WORKERS)
         self._workers: list[str] = []
+        self._doing: dict[str, list[str]] = defaultdict(list)
         self._since = timeline.now()
 
     def know(self, worker: str) -> None:
         if role_of(worker) not in LEFT_OUT:
             self._workers.append(worker)
 
-    def at(self, worker: str, verb: str) -> AbstractContextManager[None]:
-        return self._timer(worker, verb)
+    def forget(self, worker: str) -> None:
+        """It is no longer there to be idle."""
+        if worker in self._workers:
+            self._workers.remove(worker)
+
+    @contextmanager
+    def at(self, worker: str, verb: str) -> Iterator[None]:
+        self._doing[worker].append(verb)
+        try:
+            with self._timer(worker, verb):
+                yield
+        finally:
+            self._doing[worker].remove(verb)
+
+    def doing(self, worker: str) -> str:
+        """What it was asked first of what it has not answered yet; nothing where there is no such."""
+        return next(iter(self._doing[worker]), "")
 
     def idle(self) -> dict[str, float]:
         """`idle/<role>`: the share of the time since the last call that its workers had nothing to do."""

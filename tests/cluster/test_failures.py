@@ -1,4 +1,5 @@
-"""Workers that die, hang or can never be placed: who it was is said within seconds, and nothing stays behind.
+"""Workers that are killed or hang while a batch is under way: others take their places, and nothing of it is lost.
+Workers that can never be placed are refused. And nothing stays behind.
 
 The rooms are opened once and lose their workers one test after the other; the order of the tests matters.
 """
@@ -6,10 +7,10 @@ The rooms are opened once and lose their workers one test after the other; the o
 from __future__ import annotations
 
 import asyncio
-import os
 import re
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,30 +22,31 @@ import requests
 from as_user import User
 from ray_head import Head
 
-from rlhf_cluster.cluster.clients import GenerationPool, RewardPool
 from rlhf_cluster.cluster.hosts import Host
 from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, open_rooms
-from rlhf_cluster.cluster.waits import WorkerDied, WorkerError
 from rlhf_cluster.config import RunConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.inputs import load_inputs
-from rlhf_cluster.records import Members, Rollouts
+from rlhf_cluster.records import Controls, Members, Rollouts, ScoredRollouts, UpdateStats, join
 from rlhf_cluster.rooms import Generation
+from rlhf_cluster.telemetry.timer import Timeline
 
 RUN = "test-failures"
-SOON_S = 60.0  # a wait that has not ended by then hangs
+SOON_S = 90.0  # a wait that has not ended by then hangs
 STEP = 0
+STORY = ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "critic/vf_loss", "objective/kl", "objective/rlhf_reward")
 
 
 @dataclass
 class Opening:
-    """Open rooms, their workers' processes, and the members to sample."""
+    """Open rooms, what was said of lost workers, and the members to sample."""
 
     runner: asyncio.Runner
     context: Any
     opened: OpenRooms
     members: Members
-    processes: dict[str, psutil.Process]
+    said: list[str]
+    saved: Path
 
     def soon(self, doing: Awaitable[Any]) -> Any:
         async def bounded() -> Any:
@@ -55,12 +57,28 @@ class Opening:
     def hosts(self, role: str) -> list[Host]:
         return [host for host in self.opened.hosts if host.name.startswith(role)]
 
+    def process(self, host: Host) -> psutil.Process:
+        process, _ = self.soon(self.opened.starter.pulse.once(host))
+        return psutil.Process(process)
+
+    def serving(self, role: str) -> list[str]:
+        return [host.name for host in self.opened.crews[role].serving]
+
+    def whole_again(self, role: str, count: int) -> list[str]:
+        """Once so many serve, their names."""
+
+        async def wait() -> None:
+            crew, changed = self.opened.crews[role], asyncio.Event()
+            crew.on_change(changed.set)
+            while len(crew.serving) < count:
+                changed.clear()
+                await changed.wait()
+
+        self.soon(wait())
+        return self.serving(role)
+
     def close(self) -> None:
         self.runner.run(self.context.__aexit__(None, None, None))
-
-
-def process_of(host: Host) -> psutil.Process:
-    return psutil.Process(ray.get(host.actor.__ray_call__.remote(lambda self: os.getpid()), timeout=SOON_S))
 
 
 @pytest.fixture(scope="module")
@@ -73,30 +91,55 @@ def opening(
 ) -> Iterator[Opening]:
     cfg = small(
         *("generation.resources.workers=2", "reward.resources.workers=2", "learner.resources.workers=2"),
-        *("ppo.batch_size=64", "generation.max_num_seqs=2", "generation.ignore_eos=true"),
+        *("ppo.batch_size=64", "ppo.minibatch_size=32", "generation.max_num_seqs=2", "generation.ignore_eos=true"),
+        *("cluster.pulse_s=0.5", "cluster.silence_s=6", "cluster.restart_backoff_s=0.1", "cluster.restarts=20"),
     )
-    attempt = Attempt(RUN, 1, tmp_path_factory.mktemp("logs"))
+    said: list[str] = []
+    logs = tmp_path_factory.mktemp("logs")
+    attempt = Attempt(RUN, 1, logs, Timeline(), said.append)
     members = PromptOrder(load_inputs(cfg).prompts, cfg.seed).members(STEP, cfg.ppo.batch_size, 1)
     with asyncio.Runner() as runner:
         context = open_rooms(cfg, attempt, PPOInputs(policy, policy, reward_model))
         opened = runner.run(context.__aenter__())
-        processes = {host.name: process_of(host) for host in opened.hosts}
-        yield Opening(runner, context, opened, members, processes)
+        yield Opening(runner, context, opened, members, said, tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture(scope="module")
 def rollouts(opening: Opening) -> Rollouts:
-    """A few rollouts from workers that still live."""
-    return opening.soon(sampled(opening.opened.rooms.generation, opening.members.slice(0, 8)))
+    """A batch."""
+    return opening.soon(sampled(opening.opened.rooms.generation, opening.members))
+
+
+@pytest.fixture(scope="module")
+def rows(opening: Opening, rollouts: Rollouts) -> ScoredRollouts:
+    rooms = opening.opened.rooms
+    return join(rollouts, opening.soon(rooms.reward.score(rollouts)), opening.soon(rooms.reference.logprobs(rollouts)))
 
 
 async def sampled(generation: Generation, members: Members) -> Rollouts:
     return Rollouts.concat([part async for part in generation.sample(members)])
 
 
+async def disturbed(generation: Generation, members: Members, disturb: Callable[[], None]) -> Rollouts:
+    """As `sampled`, disturbed after the first rollouts."""
+    arrived: list[Rollouts] = []
+    async for part in generation.sample(members):
+        if not arrived:
+            disturb()
+        arrived.append(part)
+    return Rollouts.concat(arrived)
+
+
+def same_samples(found: Rollouts, expected: Rollouts) -> None:
+    """Each once, and the same tokens: seeds are the members', whoever samples them."""
+    assert sorted(found.sample_id) == sorted(expected.sample_id)
+    one, other = found.sort_by("sample_id"), expected.sort_by("sample_id")
+    assert [ids.tolist() for ids in one.response_ids] == [ids.tolist() for ids in other.response_ids]
+
+
 def test_nobody_talks_beyond_this_machine(opening: Opening, rollouts: Rollouts) -> None:
     """Every open connection of Ray, vLLM, DeepSpeed and the driver leads to an address of this machine."""
-    assert len(rollouts) == 8
+    assert len(rollouts) == len(opening.members)
     own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     remote = {c.raddr.ip.removeprefix("::ffff:") for p in family for c in p.net_connections("inet") if c.raddr}
@@ -104,86 +147,181 @@ def test_nobody_talks_beyond_this_machine(opening: Opening, rollouts: Rollouts) 
     assert remote <= own
 
 
-def test_a_worker_that_hangs_is_named_with_the_verb_and_the_seconds(opening: Opening, rollouts: Rollouts) -> None:
-    hosts, process = opening.hosts("reward"), opening.processes["reward 0"]
-    process.suspend()
-    try:
-        with pytest.raises(WorkerError, match=r"reward 0 did not answer `score` within 1\.5 s"):
-            opening.soon(RewardPool(hosts, 1.5).score(rollouts))
-    finally:
-        process.resume()
-    scores = opening.soon(opening.opened.rooms.reward.score(rollouts))
-    assert scores.sample_id == rollouts.sample_id
-
-
-def test_a_stream_that_dries_up_is_named_as_well(opening: Opening) -> None:
-    hosts = opening.hosts("generation")
-    pool = GenerationPool(hosts, opening.opened.learner._channel, 3)  # the channel is not used to sample
-    engines = opening.processes["generation 1"].children(recursive=True)
-    assert engines
-    for engine in engines:
-        engine.suspend()
-    try:
-        with pytest.raises(WorkerError, match=r"generation 1 did not answer `sample` within 3 s") as failed:
-            opening.soon(sampled(pool, opening.members.slice(8, 16)))
-    finally:
-        for engine in engines:
-            engine.resume()
-    assert str(hosts[1].log) in str(failed.value)
-
-
-def test_a_reward_worker_killed_in_a_call_is_named_and_the_other_goes_on(opening: Opening, rollouts: Rollouts) -> None:
-    process, log = opening.processes["reward 0"], opening.hosts("reward")[0].log
-    process.suspend()  # so that the call is certainly under way when the process dies
-
-    async def killed_meanwhile() -> None:
-        asyncio.get_running_loop().call_later(1, process.kill)
-        await opening.opened.rooms.reward.score(rollouts)
-
-    with pytest.raises(WorkerDied, match="reward 0 died during `score`") as died:
-        opening.soon(killed_meanwhile())
-    assert str(log) in str(died.value)
-    scores = opening.soon(RewardPool(opening.hosts("reward")[1:], SOON_S).score(rollouts))
-    assert scores.sample_id == rollouts.sample_id
-
-
-def test_a_generation_worker_killed_in_a_batch_is_named_and_its_engine_goes_with_it(opening: Opening) -> None:
-    process, log = opening.processes["generation 0"], opening.hosts("generation")[0].log
+def test_what_a_killed_generation_worker_owed_is_sampled_by_the_others(opening: Opening, rollouts: Rollouts) -> None:
+    """And its engine goes with it."""
+    process = opening.process(opening.hosts("generation")[0])
     engines = process.children(recursive=True)
     assert engines
-    arrived: list[Rollouts] = []
-
-    async def killed_after_the_first_rollouts() -> None:
-        async for part in opening.opened.rooms.generation.sample(opening.members):
-            if not arrived:
-                process.kill()
-            arrived.append(part)
-
-    with pytest.raises(WorkerDied, match="generation 0 died during `sample`") as died:
-        opening.soon(killed_after_the_first_rollouts())
-    assert str(log) in str(died.value)
-    assert 0 < sum(map(len, arrived)) < len(opening.members)
+    found = opening.soon(disturbed(opening.opened.rooms.generation, opening.members, process.kill))
+    same_samples(found, rollouts)
+    assert opening.said[-1].startswith("generation 0 died during `sample`") and "takes its place" in opening.said[-1]
+    assert opening.whole_again("generation", 2) == ["generation 1", "generation 2"]
     assert not psutil.wait_procs(engines, timeout=SOON_S)[1]
 
 
-def test_a_rank_killed_before_a_collective_fails_all_ranks_instead_of_hanging_them(
-    opening: Opening, rollouts: Rollouts
+def test_a_worker_whose_engine_alone_is_killed_is_lost_too(opening: Opening, rollouts: Rollouts) -> None:
+    engines = opening.process(opening.hosts("generation")[0]).children(recursive=True)
+
+    def kill() -> None:
+        for engine in engines:
+            engine.kill()
+
+    same_samples(opening.soon(disturbed(opening.opened.rooms.generation, opening.members, kill)), rollouts)
+    assert re.match(r"generation 1('s engine)? died during `sample`", opening.said[-1])
+    assert opening.whole_again("generation", 2) == ["generation 2", "generation 3"]
+
+
+def test_a_generation_worker_that_hangs_is_found_by_its_pulse(opening: Opening, rollouts: Rollouts) -> None:
+    process = opening.process(opening.hosts("generation")[0])
+    family = [process, *process.children(recursive=True)]
+    same_samples(opening.soon(disturbed(opening.opened.rooms.generation, opening.members, process.suspend)), rollouts)
+    assert re.match(r"generation 2 hangs in `sample`: its last sign of life was \d+ s ago", opening.said[-1])
+    assert opening.whole_again("generation", 2) == ["generation 3", "generation 4"]
+    assert not psutil.wait_procs(family, timeout=SOON_S)[1], "a process that hangs is ended all the same"
+
+
+def test_a_scorer_that_hangs_is_named_with_where_it_stands_and_another_scores(
+    opening: Opening, rollouts: Rollouts, rows: ScoredRollouts
 ) -> None:
-    """Who is named first, the dead rank or one that missed it, is a matter of microseconds."""
+    process = opening.process(opening.hosts("reward")[0])
+    process.suspend()
+    scores = opening.soon(opening.opened.rooms.reward.score(rollouts))
+    assert sorted(scores.sample_id) == sorted(rollouts.sample_id)
+    assert opening.whole_again("reward", 2) == ["reward 1", "reward 2"]
+    (hang,) = [sentence for sentence in opening.said if sentence.startswith("reward 0")]
+    assert re.match(
+        r"reward 0 hangs in `score`: its last sign of life was \d+ s ago \(cluster.silence_s=6\); it stands in ", hang
+    )
+
+
+def test_a_scorer_and_a_reference_killed_in_a_call_are_asked_elsewhere(
+    opening: Opening, rollouts: Rollouts, rows: ScoredRollouts
+) -> None:
+    for role, ask in (
+        ("reward", opening.opened.rooms.reward.score),
+        ("reference", opening.opened.rooms.reference.logprobs),
+    ):
+        process = opening.process(opening.hosts(role)[0])
+        process.suspend()  # so that the call is certainly under way when the process dies
+        killing = threading.Timer(1.0, process.kill)
+        killing.start()
+        answer = opening.soon(ask(rollouts))
+        assert sorted(answer.sample_id) == sorted(rollouts.sample_id)
+        assert f"died during `{ask.__name__}`" in opening.said[-1]
+
+
+def test_a_rank_that_is_lost_changes_nothing_of_what_is_learnt(opening: Opening, rows: ScoredRollouts) -> None:
+    """Killed between `add` and `update`, and stopped in the middle of it: all ranks begin anew, and do again what was
+    done."""
     learner = opening.opened.rooms.learner
-    opening.soon(learner.begin(STEP, rollouts.sample_id))
-    opening.processes["learner 1"].kill()
-    with pytest.raises(WorkerError, match=r"learner 1 died during `publish`|learner 0 failed in `publish`"):
-        opening.soon(learner.publish(1))
+    controls = Controls(0.02)
+
+    async def learn(step: int, disturb: Callable[[], None]) -> UpdateStats:
+        own = of_step(rows, step)
+        await learner.begin(step, own.sample_id)
+        await learner.add(step, own.slice(0, 40))
+        disturb()
+        await learner.add(step, own.slice(40, 64))
+        stats = await learner.update(step, controls)
+        await learner.publish(step + 1)
+        await opening.opened.rooms.generation.receive(step + 1)
+        return stats
+
+    def kill() -> None:
+        for host in opening.hosts("learner")[1:]:
+            killed.append(host.name)
+            processes[host.name].kill()
+
+    def stop() -> None:
+        for host in opening.hosts("learner")[:1]:
+            killed.append(host.name)
+            processes[host.name].suspend()
+
+    def story(stats: Sequence[UpdateStats]) -> list[dict[str, float]]:
+        return [{name: stats.metrics[name] for name in STORY} for stats in stats]
+
+    opening.soon(learner.save(opening.saved))
+    undisturbed = [opening.soon(learn(step, lambda: None)) for step in range(2)]
+    opening.soon(learner.load(opening.saved, 0))
+    opening.soon(learner.publish(0))
+    killed: list[str] = []
+    disturbed = []
+    for step, disturb in enumerate((kill, stop)):
+        processes = {host.name: opening.process(host) for host in opening.hosts("learner")}
+        disturbed.append(opening.soon(learn(step, disturb)))
+    assert killed == ["learner 1", "learner 2"]
+    assert [host.name for host in opening.hosts("learner")] == ["learner 4", "learner 5"]
+    for one, other in zip(story(undisturbed), story(disturbed), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert sum("the learner's ranks begin anew" in sentence for sentence in opening.said) == 2
+
+
+def test_the_learner_goes_on_with_fewer_ranks_and_with_more(opening: Opening, rows: ScoredRollouts) -> None:
+    learner = opening.opened.learner
+
+    async def learn(step: int) -> UpdateStats:
+        own = of_step(rows, step)
+        await learner.begin(step, own.sample_id)
+        await learner.add(step, own)
+        stats = await learner.update(step, Controls(0.02))
+        await learner.publish(step + 1)
+        return stats
+
+    before = opening.soon(learn(2))
+    opening.soon(learner.rescale(1))
+    assert len(opening.hosts("learner")) == 1
+    after = opening.soon(learn(3))
+    opening.soon(learner.rescale(2))
+    assert len(opening.hosts("learner")) == 2
+    again = opening.soon(learner.update(3, Controls(0.02)))
+    assert (before.weight_version, after.weight_version) == (3, 4)
+    assert {name: again.metrics[name] for name in STORY} == pytest.approx(
+        {name: after.metrics[name] for name in STORY}, rel=1e-4, abs=1e-6
+    )
+
+
+def of_step(rows: ScoredRollouts, step: int) -> ScoredRollouts:
+    """The same rows, as those of another batch."""
+    names = [f"{step}{sample_id.removeprefix('0')}" for sample_id in rows.sample_id]
+    place = rows.table.schema.get_field_index("sample_id")
+    return type(rows)(rows.table.set_column(place, "sample_id", [names]))
+
+
+def test_pools_grow_and_shrink_while_a_batch_is_sampled(opening: Opening, rollouts: Rollouts) -> None:
+    """A joiner samples from the version that the others have."""
+    crew, rooms = opening.opened.crews["generation"], opening.opened.rooms
+
+    async def grow_meanwhile() -> Rollouts:
+        sampling = asyncio.ensure_future(sampled(rooms.generation, opening.members))
+        await crew.scale(3)
+        return await sampling
+
+    assert len(opening.soon(grow_meanwhile())) == len(rollouts)
+    assert len(opening.serving("generation")) == 3
+
+    async def shrink_meanwhile() -> Rollouts:
+        sampling = asyncio.ensure_future(sampled(rooms.generation, opening.members))
+        await asyncio.sleep(0)
+        await crew.scale(1)
+        return await sampling
+
+    found = opening.soon(shrink_meanwhile())
+    assert sorted(found.sample_id) == sorted(rollouts.sample_id)
+    assert {int(version) for versions in found.weight_versions for version in versions} == {4}
+    assert len(opening.hosts("generation")) == 1
+    same = opening.soon(sampled(rooms.generation, opening.members))
+    same_samples(same, found)
 
 
 def test_after_leaving_no_actor_no_process_and_no_shared_memory_is_left(opening: Opening) -> None:
-    families = [process for host in opening.processes.values() for process in family(host)]
+    processes = [opening.process(host) for host in opening.opened.hosts if host.name != "store 0"]
+    families = [process for host in processes for process in family(host)]
     kept = Path(f"/dev/shm/rlhf-cluster-{RUN}-1")
     kept.mkdir(exist_ok=True)
     opening.close()
     assert not list(Path("/dev/shm").glob(f"rlhf-cluster-{RUN}*"))
     assert not psutil.wait_procs(families, timeout=SOON_S)[1]
+    assert not opening.opened.starter.attempt.state.exists()
     deadline = time.monotonic() + SOON_S
     while living := [a["ClassName"] for a in ray._private.state.actors().values() if a["State"] != "DEAD"]:
         assert time.monotonic() < deadline, f"actors are left: {living}"

@@ -19,8 +19,10 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf_cluster import ppo
-from rlhf_cluster.cluster.clients import GenerationPool, LearnerGroup
+from rlhf_cluster.cluster.crew import Crew
+from rlhf_cluster.cluster.learner_group import LearnerGroup
 from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, Starter, open_rooms
+from rlhf_cluster.cluster.sampling import GenerationPool
 from rlhf_cluster.config import AdvantageConfig, KLConfig, LoRAConfig, RunConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.inputs import load_inputs
@@ -75,10 +77,10 @@ class Scene:
         cfg = dataclasses.replace(cfg, weights=dataclasses.replace(cfg.weights, transport=transport))
         starter = Starter(cfg, Attempt(f"test-{name}", 1, self.logs / name))
         try:
-            hosts, channel = await starter.start_learner(self.paths)
-            learner = LearnerGroup(hosts, channel, cfg.cluster.call_timeout_s)
+            gang = await starter.start_learner(self.paths)
+            learner = LearnerGroup(gang, gang.channel, cfg.cluster.call_timeout_s)
             samplers = [host for host in self.opened.hosts if host.name.startswith("generation")]
-            generation = GenerationPool(samplers, channel, cfg.cluster.call_timeout_s)
+            generation = GenerationPool(Crew.of(samplers), gang.channel, cfg.cluster.call_timeout_s)
             if transport != "shm":
                 await learner.open_direct(samplers, 1)
             yield dataclasses.replace(self.opened.rooms, generation=generation, learner=learner), learner

@@ -56,10 +56,10 @@ def test_a_policy_named_from_here_is_found_from_everywhere(tiny: Path, monkeypat
 def test_rewards_named_from_here_are_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of a cluster that was there before stand where it was started."""
     given: list[Any] = []
-    monkeypatch.setattr(Starter, "start", lambda starter, worker, role, resources, args: given.append(args[0]))
+    monkeypatch.setattr(Starter, "crew", lambda starter, role, resources, hiring: given.append(hiring.arguments(0)[0]))
     monkeypatch.chdir(tmp_path)
     cfg = load(["recipe=smoke", "reward.parts=[{kind: function, path: mine.py:score}]", "reward.path=rm"])
-    Starter(cfg, Attempt("run", 1, tmp_path)).start_reward(tmp_path, None)
+    Starter(cfg, Attempt("run", 1, tmp_path)).reward_crew(tmp_path, None)
     (reward,) = given
     assert (reward.path, reward.parts[0].path) == (f"{tmp_path}/rm", f"{tmp_path}/mine.py:score")
     assert (cfg.reward.path, cfg.reward.parts[0].path) == ("rm", "mine.py:score")

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_cluster.cluster.clients import GenerationPool
+from rlhf_cluster.cluster.crew import Crew
 from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.hosts import Host
+from rlhf_cluster.cluster.sampling import GenerationPool
 from rlhf_cluster.cluster.waits import WorkerDied, WorkerError
 from rlhf_cluster.config import WeightsConfig
 from rlhf_cluster.records import Members, Rollouts
@@ -105,7 +106,7 @@ def scenario(steps: Coroutine[Any, Any, None]) -> None:
 
 
 def pool_of(*workers: Sampler) -> GenerationPool:
-    return GenerationPool([worker.host for worker in workers], NO_CHANNEL, DEADLINE_S, AT_ONCE)
+    return GenerationPool(Crew.of([worker.host for worker in workers]), NO_CHANNEL, DEADLINE_S, AT_ONCE)
 
 
 def test_what_all_can_take_at_once_is_dealt_out_evenly_in_one_call_each() -> None:
@@ -175,35 +176,111 @@ def test_an_older_batch_goes_first() -> None:
         worker.end(2)
         assert [len(await one) for one in (first, older, newer)] == [10, 4, 4]
         await settled()
-        assert pool.held == {} and pool._outstanding == [0]
+        assert pool.held == {} and not any(pool._outstanding.values())
 
     scenario(steps())
 
 
-def test_what_fails_ends_the_batch_and_leaves_nothing_owed() -> None:
+def test_what_a_lost_worker_owed_goes_to_another_before_all_that_waits() -> None:
     async def steps() -> None:
         good, bad = Sampler("generation 0"), Sampler("generation 1")
         pool = pool_of(good, bad)
-        collecting = asyncio.ensure_future(collected(pool, members(30)))
+        collecting = asyncio.ensure_future(collected(pool, asked := members(30)))
         await settled()
+        bad.end(0, 0)
+        await settled()
+        owed = bad.calls[0].sample_id[1:]
         bad.ended[0].put_nowait(WorkerDied("generation 1 died"))
-        with pytest.raises(WorkerDied, match="generation 1 died"):
-            await collecting
         await settled()
-        assert pool.held == {} and pool._outstanding == [0, 0] and pool._waiting == []
+        good.end(0)
+        await settled()
+        assert set(owed) <= set(good.calls[1].sample_id) and pool.requeued == len(owed)
+        for call in range(1, 5):
+            await settled()
+            if call < len(good.calls):
+                good.end(call)
+        found = await collecting
+        assert sorted(found) == sorted(asked.sample_id) and len(bad.calls) == 1
+        await settled()
+        assert pool.held == {} and not any(pool._outstanding.values()) and pool._waiting == []
 
     scenario(steps())
 
 
-def test_a_lease_that_ends_early_is_an_error() -> None:
+def test_where_the_last_worker_is_lost_the_batch_ends_with_why() -> None:
+    async def steps() -> None:
+        worker = Sampler("generation 0")
+        pool = pool_of(worker)
+        collecting = asyncio.ensure_future(collected(pool, members(30)))
+        await settled()
+        worker.ended[0].put_nowait(WorkerDied("generation 0 died"))
+        with pytest.raises(WorkerDied, match="generation 0 died"):
+            await collecting
+        await settled()
+        assert pool.held == {} and not any(pool._outstanding.values()) and pool._waiting == []
+        with pytest.raises(WorkerDied, match="generation 0 died"):
+            await collected(pool, members(1))
+
+    scenario(steps())
+
+
+def test_what_fails_otherwise_ends_the_batch_at_once() -> None:
+    async def steps() -> None:
+        workers = [Sampler("generation 0"), Sampler("generation 1")]
+        collecting = asyncio.ensure_future(collected(pool_of(*workers), members(7)))
+        await settled()
+        workers[1].ended[0].put_nowait(WorkerError("generation 1 failed in `sample`: ValueError: no"))
+        with pytest.raises(WorkerError, match="ValueError: no"):
+            await collecting
+
+    scenario(steps())
+
+
+def test_a_lease_that_ends_early_is_a_lost_worker() -> None:
     async def steps() -> None:
         worker = Sampler("generation 0")
         collecting = asyncio.ensure_future(collected(pool_of(worker), members(3)))
         await settled()
         worker.end(0, 0, 1)
         worker.ended[0].put_nowait(None)
-        with pytest.raises(WorkerError, match=r"generation 0 ended lease .* without 1 of its samples"):
+        with pytest.raises(WorkerDied, match=r"generation 0 ended lease .* without 1 of its samples"):
             await collecting
+
+    scenario(steps())
+
+
+def test_a_sample_that_worker_after_worker_is_lost_over_is_sampled_alone_and_then_given_up() -> None:
+    """The others, which were lost along with it, are sampled."""
+
+    async def steps() -> None:
+        workers = [Sampler(f"generation {i}") for i in range(6)]
+        crew = Crew.of([workers[0].host])
+        pool = GenerationPool(crew, NO_CHANNEL, DEADLINE_S, AT_ONCE)
+        poison = (asked := members(3)).sample_id[1]
+        found: list[Rollouts] = []
+
+        async def collect() -> None:
+            found.extend([part async for part in pool.sample(asked)])
+
+        collecting = asyncio.ensure_future(collect())
+        for number, worker in enumerate(workers):
+            await settled()
+            for call, share in enumerate(worker.calls):
+                if poison in share.sample_id:
+                    crew.serving.append(workers[number + 1].host)
+                    worker.ended[call].put_nowait(WorkerDied(f"generation {number} died"))
+                    break
+                worker.end(call)
+                await settled()
+        await collecting
+        whole = Rollouts.concat(found)
+        rows = dict(zip(whole.sample_id, whole.finish_reason, strict=True))
+        assert rows.pop(poison) == "quarantined: generation workers were lost over it, the last: generation 3 died"
+        assert rows == dict.fromkeys(set(asked.sample_id) - {poison}, "stop")
+        alone = [share.sample_id for worker in workers[2:4] for share in worker.calls if poison in share.sample_id]
+        assert alone == [[poison]] * 2
+        await settled()
+        assert pool.held == {} and not any(pool._outstanding.values())
 
     scenario(steps())
 
@@ -211,7 +288,7 @@ def test_a_lease_that_ends_early_is_an_error() -> None:
 def test_what_comes_in_one_moment_leaves_as_one_table() -> None:
     async def steps() -> None:
         workers = [Sampler(f"generation {i}") for i in range(4)]
-        pool = GenerationPool([worker.host for worker in workers], NO_CHANNEL, DEADLINE_S, 64, 5)
+        pool = GenerationPool(Crew.of([worker.host for worker in workers]), NO_CHANNEL, DEADLINE_S, 64, 5)
         sizes: list[int] = []
 
         async def count() -> None:
@@ -252,7 +329,7 @@ def test_what_one_batch_no_longer_takes_another_gets() -> None:
         assert worker.got() == [10]
         first.cancel()
         await settled()
-        assert worker.got() == [10, 4] and pool._outstanding == [4]
+        assert worker.got() == [10, 4] and pool._outstanding == {"generation 0": 4}
         worker.end(1)
         assert sorted(await second) == sorted(asked.sample_id)
         unborn = pool.sample(members(3, step=7))
@@ -260,6 +337,6 @@ def test_what_one_batch_no_longer_takes_another_gets() -> None:
         await asyncio.sleep(0)  # it has dealt, and its lease has not begun
         taking.cancel()
         await settled()
-        assert pool._outstanding == [0] and pool.held == {}
+        assert not any(pool._outstanding.values()) and pool.held == {}
 
     scenario(steps())

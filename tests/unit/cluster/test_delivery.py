@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from rlhf_cluster.cluster.delivery import Delivery, WeightChannel
 from rlhf_cluster.cluster.hosts import Host
@@ -34,11 +34,13 @@ class Worker:
     called: list[str] = field(default_factory=list)
     held: dict[str, str] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)  # what its next fetches fail with
+    dies_in: str = ""
 
     @property
     def host(self) -> Host:
         verbs = {"fetch": self._fetch, "load": self._load, "pause": self._pause}
         verbs |= {"digests": self._digests, "resume": self._resume, "probe": self._probe}
+        verbs |= {self.dies_in: self._die} if self.dies_in else {}
         actor = SimpleNamespace(**{verb: SimpleNamespace(remote=called) for verb, called in verbs.items()})
         return Host(self.name, actor, Path("its.log"))
 
@@ -48,6 +50,9 @@ class Worker:
         if self.damaged:
             raise RayTaskError("fetch", "", SnapshotError(self.damaged.pop(0)))
         return 100
+
+    async def _die(self, *args: Any) -> None:
+        raise ActorDiedError()
 
     async def _pause(self) -> None:
         self.called.append("pause")
@@ -69,10 +74,27 @@ class Worker:
         return self.probes.pop(0)
 
 
-def deliver(*workers: Worker, probe: Probe | None = None) -> dict[str, float]:
+@dataclass
+class Delivered:
+    metrics: dict[str, float]
+    lost: dict[str, str]
+
+    def __getitem__(self, name: str) -> float:
+        return self.metrics[name]
+
+
+def delivered(*workers: Worker, probe: Probe | None = None, witness: Worker | None = None) -> Delivered:
     channel = WeightChannel(Host("store", SimpleNamespace(), Path()), "node", "/", "run", 1, WeightsConfig())
-    delivery = Delivery(channel, Snapshot(7, "/", (), probe), deadline_s=10)
-    return asyncio.run(delivery.to([worker.host for worker in workers]))
+    seen = None if witness is None else witness.host
+    delivery = Delivery(channel, Snapshot(7, "/", (), probe), deadline_s=10, witness=seen)
+    metrics = asyncio.run(delivery.to([worker.host for worker in workers]))
+    return Delivered(metrics, {host.name: str(error) for host, error in delivery.lost})
+
+
+def deliver(*workers: Worker, probe: Probe | None = None) -> dict[str, float]:
+    found = delivered(*workers, probe=probe)
+    assert not found.lost
+    return found.metrics
 
 
 def test_workers_that_hold_alike_sample_on() -> None:
@@ -110,15 +132,46 @@ def test_what_comes_damaged_is_brought_once_more_before_anything_is_loaded() -> 
     assert "load" not in twice.called, "the old weights still serve"
 
 
-def test_one_that_differs_twice_is_named_with_what_differs() -> None:
-    other = Worker("generation 1", [BAD, BAD])
-    with pytest.raises(
-        WorkerError,
-        match=r"generation 1 computes with other weights of version 7 than generation 0 does in 1 modules \(0:b\); "
-        r"loading them once more did not mend it \(its log: its.log\)",
-    ):
-        deliver(Worker("generation 0"), Worker("generation 2"), other)
-    assert "resume" not in other.called
+DIFFERS = (
+    "generation 1 computes with other weights of version 7 than generation 0 does in 1 modules (0:b); "
+    "loading them once more did not mend it (its log: its.log)"
+)
+
+
+def test_one_that_differs_twice_is_lost_and_never_samples() -> None:
+    other, right = Worker("generation 1", [BAD, BAD]), [Worker("generation 0"), Worker("generation 2")]
+    assert delivered(*right, other).lost == {"generation 1": DIFFERS}
+    assert "resume" not in other.called and [worker.called[-1] for worker in right] == ["resume", "resume"]
+
+
+def test_where_nobody_can_be_told_right_from_wrong_the_run_ends() -> None:
+    with pytest.raises(WorkerError, match="computes with other weights of version 7 than"):
+        deliver(Worker("generation 0", [GOOD, GOOD]), Worker("generation 1", [BAD, BAD]))
+
+
+def test_a_joiner_is_compared_with_one_that_serves() -> None:
+    witness = Worker("generation 0", held=GOOD)
+    assert delivered(Worker("generation 2"), witness=witness).lost == {}
+    assert delivered(joiner := Worker("generation 1", [BAD, GOOD]), witness=witness).lost == {}
+    assert joiner.called == ["fetch", "load", *AGAIN, "resume"]
+    assert delivered(Worker("generation 1", [BAD, BAD]), witness=witness).lost == {"generation 1": DIFFERS}
+    assert witness.called == []
+
+
+@pytest.mark.parametrize("verb", ["fetch", "load", "digests", "resume", "probe"])
+def test_one_that_dies_on_the_way_is_left_behind(verb: str) -> None:
+    workers = [Worker(f"generation {i}") for i in range(3)]
+    workers[1].dies_in = verb
+    found = delivered(*workers, probe=PROBE)
+    assert list(found.lost) == ["generation 1"] and f"generation 1 died during `{verb}`" in found.lost["generation 1"]
+    for survivor in workers[::2]:
+        assert survivor.called == ["fetch", "load", "resume", "probe"]
+
+
+def test_where_all_die_nothing_is_said_of_them() -> None:
+    worker = Worker("generation 0", dies_in="load")
+    found = delivered(worker)
+    assert list(found.lost) == ["generation 0"] and found["sync/paused_s"] == 0
 
 
 def test_a_probe_is_compared_with_the_learner() -> None:

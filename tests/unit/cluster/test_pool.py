@@ -11,10 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
-from rlhf_cluster.cluster.clients import CALLS_AHEAD, Pool
+from rlhf_cluster.cluster.crew import Crew
 from rlhf_cluster.cluster.hosts import Host
+from rlhf_cluster.cluster.pools import CALLS_AHEAD, PATIENCE, Pool, RewardPool
 from rlhf_cluster.cluster.waits import WorkerError
+from rlhf_cluster.records import Rollouts, Scores
 
 
 @dataclass
@@ -49,7 +52,7 @@ async def asked(pool: Pool, *sizes: int) -> list[asyncio.Task[Any]]:
 def test_a_worker_has_one_call_ahead_and_the_rest_wait_here() -> None:
     async def scenario() -> None:
         workers = [Worker("reward 0"), Worker("reward 1")]
-        calls = await asked(Pool([worker.host for worker in workers], 60.0), *[1] * 7)
+        calls = await asked(Pool(Crew.of([worker.host for worker in workers]), 60.0), *[1] * 7)
         assert [len(worker.calls) for worker in workers] == [CALLS_AHEAD, CALLS_AHEAD]
         workers[1].calls[0].set_result("done")
         await settled()
@@ -68,7 +71,7 @@ def test_a_worker_has_one_call_ahead_and_the_rest_wait_here() -> None:
 def test_a_call_goes_to_the_worker_with_the_fewest_rows() -> None:
     async def scenario() -> None:
         workers = [Worker("reward 0"), Worker("reward 1")]
-        calls = await asked(Pool([worker.host for worker in workers], 60.0), 5, 2, 2)
+        calls = await asked(Pool(Crew.of([worker.host for worker in workers]), 60.0), 5, 2, 2)
         assert [worker.rows for worker in workers] == [[5], [2, 2]]
         for call in calls:
             call.cancel()
@@ -77,17 +80,96 @@ def test_a_call_goes_to_the_worker_with_the_fewest_rows() -> None:
     asyncio.run(scenario())
 
 
-def test_a_deadline_begins_when_a_worker_is_asked_and_a_place_is_given_back_where_it_passes() -> None:
+def test_a_deadline_begins_when_a_worker_is_asked() -> None:
     async def scenario() -> None:
-        worker = Worker("reward 0")
-        pool = Pool([worker.host], 0.2)
-        calls = await asked(pool, *[1] * (CALLS_AHEAD + 1))
-        with pytest.raises(WorkerError, match=r"reward 0 did not answer `score` within 0\.2 s"):
-            await calls[0]
-        await settled()
-        assert len(worker.calls) == CALLS_AHEAD + 1  # only now
-        worker.calls[-1].set_result("done")
-        assert await calls[-1] == "done"
-        await asyncio.gather(*calls, return_exceptions=True)
+        workers = [Worker("reward 0"), Worker("reward 1")]
+        crew = Crew.of([workers[0].host])
+        calls = await asked(Pool(crew, 0.2), *[1] * (CALLS_AHEAD + 1))
+        crew.serving.append(workers[1].host)  # the other comes when the first is lost
+        await asyncio.sleep(0.3)
+        assert not crew.serving[1:] and crew.serving[0].name == "reward 1"
+        assert len(workers[1].calls) == CALLS_AHEAD  # of which the last waited here
+        for _ in range(3):
+            for call in workers[1].calls:
+                if not call.done():
+                    call.set_result("done")
+            await settled()
+        assert [await call for call in calls] == ["done"] * 3
 
     asyncio.run(scenario())
+
+
+def test_where_the_last_is_lost_whoever_waits_hears_why() -> None:
+    async def scenario() -> None:
+        calls = await asked(Pool(Crew.of([Worker("reward 0").host]), 0.1), *[1] * (CALLS_AHEAD + 1))
+        for call in calls:
+            with pytest.raises(WorkerError, match=r"reward 0 did not answer `score` within 0\.1 s"):
+                await call
+
+    asyncio.run(scenario())
+
+
+@dataclass
+class Deadly:
+    """A pool's worker that dies of one sample, in whatever table it comes."""
+
+    name: str
+    crew: Crew
+    poison: str
+    asked: list[list[str]]
+
+    @property
+    def host(self) -> Host:
+        return Host(self.name, SimpleNamespace(score=SimpleNamespace(remote=self._score)), Path())
+
+    async def _score(self, rows: Rollouts) -> Scores:
+        self.asked.append(rows.sample_id)
+        if self.poison in rows.sample_id:
+            successor = Deadly(f"reward {int(self.name[7:]) + 1}", self.crew, self.poison, self.asked)
+            self.crew.serving.append(successor.host)
+            raise ActorDiedError()
+        count = len(rows)
+        return Scores.of({"sample_id": rows.sample_id, "score": [1.0] * count, "failure": [""] * count})
+
+
+def test_a_sample_that_scorers_die_of_is_given_up_and_the_others_of_its_table_have_scores() -> None:
+    async def scenario() -> None:
+        crew = Crew.of([])
+        first = Deadly("reward 0", crew, "s5", [])
+        crew.serving.append(first.host)
+        found = await RewardPool(crew, 60.0).score(rollouts(8))
+        scores = dict(zip(found.sample_id, found.failure, strict=True))
+        assert scores.pop("s5").startswith("quarantined: scorers were lost over it, the last: reward ")
+        assert scores == {f"s{i}": "" for i in range(8) if i != 5}
+        assert max(map(len, first.asked)) == 8 and first.asked.count(["s5"]) == 2 * PATIENCE - 1
+
+    asyncio.run(scenario())
+
+
+def test_a_reference_has_no_word_for_what_it_cannot_say() -> None:
+    async def scenario() -> None:
+        crew = Crew.of([])
+        crew.serving.append(Deadly("reward 0", crew, "s1", []).host)
+        with pytest.raises(WorkerError, match="sample s1: 4 workers were lost over it; the last: reward"):
+            await Pool(crew, 60.0).call("score", rollouts(2))
+
+    asyncio.run(scenario())
+
+
+def rollouts(count: int) -> Rollouts:
+    return Rollouts.of(
+        {
+            "prompt_id": [f"p{i}" for i in range(count)],
+            "prompt_ids": [[1]] * count,
+            "step": [0] * count,
+            "sample_index": [0] * count,
+            "sample_id": [f"s{i}" for i in range(count)],
+            "seed": [0] * count,
+            "response_ids": [[1]] * count,
+            "rollout_logprobs": [[-1.0]] * count,
+            "weight_versions": [[0]] * count,
+            "finish_reason": ["stop"] * count,
+            "temperature": [1.0] * count,
+            "incarnation": ["test"] * count,
+        }
+    )
