@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_cluster.cluster.waits import Call, answer, answers
 from rlhf_cluster.config import Resources
@@ -127,12 +126,12 @@ def spawn(
     log: Path,
     resources: Resources,
     args: tuple[Any, ...] = (),
-    group: Any = None,
-    bundle: int = 0,
+    place: Any = None,
     role: str = "",
     activity: Activity | None = None,
 ) -> Host:
-    """Starts one actor, on a node for `role` where there are such; returns at once. It shares the driver's fate and is
+    """Starts one actor, at `place` (Ray's scheduling strategy), on a node for `role` where there are such; returns at
+    once. It shares the driver's fate and is
     never restarted behind our back."""
     options: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
@@ -144,8 +143,8 @@ def spawn(
     }
     if resources.memory:
         options["memory"] = resources.memory
-    if group is not None:
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    if place is not None:
+        options["scheduling_strategy"] = place
     actor = ray.remote(concurrency_groups={PULSE: 1})(hosted(worker)).options(**options).remote(str(log), *args)
     activity = activity or Activity(Timeline())
     activity.know(name)

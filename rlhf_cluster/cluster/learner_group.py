@@ -44,9 +44,9 @@ class Gang(Protocol):
         """Why, where one of them is; asked when something failed, whose reason that may be."""
         ...
 
-    async def anew(self, error: WorkerError, ranks: int = 0) -> None:
-        """Other `hosts`, as they began, in the place of all; `ranks` of them, or as many as there is room for. Raises
-        WorkerError where that cannot be."""
+    async def anew(self, error: WorkerError, ranks: int = 0) -> bool:
+        """Other `hosts`, as they began, in the place of all; `ranks` of them, or as many as there is room for. Returns
+        whether the weight store is another too, and empty. Raises WorkerError where it cannot be."""
         ...
 
 
@@ -63,7 +63,7 @@ class Settled:
     async def lost(self) -> WorkerLost | None:
         return None
 
-    async def anew(self, error: WorkerError, ranks: int = 0) -> None:
+    async def anew(self, error: WorkerError, ranks: int = 0) -> bool:
         raise error
 
 
@@ -111,6 +111,7 @@ class LearnerGroup:
         self._journal: list[Entry] = []
         self._kept: tuple[Path, int] | None = None  # the state that ranks begin anew from; None: as they are started
         self._keeps: asyncio.Task[None] | None = None
+        self._version = self._published = 0  # of the policy now, and of what is in the store
         self._life = 0
         self._whole = asyncio.Event()  # no rank is being replaced
         self._whole.set()
@@ -178,9 +179,11 @@ class LearnerGroup:
         try:
             await self._forget_keeping()
             while True:
+                empty = await self._gang.anew(error, ranks)
                 try:
-                    await self._gang.anew(error, ranks)
                     await self._play()
+                    if empty and self._published == self._version:
+                        await self._publish_once("publish", self._published, False)
                     break
                 except WorkerLost as again:
                     error, ranks = again, 0
@@ -265,6 +268,7 @@ class LearnerGroup:
         async def play() -> UpdateStats:
             stats = await self._all("update", step, controls)
             self._deals.pop(step, None)
+            self._version = step + 1
             return stats[0]
 
         found = await self._journaled(step, play)
@@ -290,10 +294,11 @@ class LearnerGroup:
         await self._publish("publish_average", version)
 
     async def _publish(self, verb: str, version: int, *args: Any) -> None:
-        async def ask() -> list[Snapshot | None]:
-            return await self._all(verb, version, self._channel.directory, *args)
+        await self._lasting(lambda: self._publish_once(verb, version, *args))
+        self._published = version
 
-        snapshots = await self._lasting(ask)
+    async def _publish_once(self, verb: str, version: int, *args: Any) -> None:
+        snapshots: list[Snapshot | None] = await self._all(verb, version, self._channel.directory, *args)
         await self._channel.store.ask("add", snapshots[0], deadline_s=self._deadline_s)
 
     async def save(self, directory: Path) -> None:
@@ -309,7 +314,7 @@ class LearnerGroup:
     async def load(self, directory: Path, version: int) -> None:
         await self._lasting(lambda: self._all("load", str(directory), version))
         await self._forget_keeping()
-        self._kept = (directory, version)
+        self._kept, self._version = (directory, version), version
         self._journal = [entry for entry in self._journal if entry.step >= version]
 
     async def close(self) -> None:

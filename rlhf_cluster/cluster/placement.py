@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlhf_cluster.cluster import worker_arguments
 from rlhf_cluster.cluster.crew import Budget, Crew, Terms, note
@@ -81,6 +82,7 @@ class Starter:
         self.crews: dict[str, Crew] = {}
         self.pulse = Pulse(cfg.cluster.pulse_s, cfg.cluster.silence_s)
         self.groups: list[Any] = []
+        self._stores = itertools.count()
 
     def crew(self, role: str, resources: Resources, hiring: Roles) -> Crew:
         """Of workers that are each placed for themselves, so that any of them may come and go alone."""
@@ -132,13 +134,16 @@ class Starter:
         every = 0 if self.cfg.weights.is_direct or not self.cfg.cluster.restarts else self.cfg.learner.keep_state_every
         return Keeping(self.attempt.state, every)
 
-    async def open_channel(self, group: Any = None) -> WeightChannel:
-        """The weight store, where `group` says on rank 0's node, in shared memory named after the attempt."""
+    async def open_channel(self, node: str = "") -> WeightChannel:
+        """The weight store, on this node where one is named, in shared memory named after the attempt."""
         attempt = self.attempt
         directory = str(store_directory(attempt.run, attempt.number))
-        store = self.spawn(WeightStore, "store", 0, STORE, (attempt.run, attempt.number, self.cfg.weights.keep), group)
-        node = await self.ask(store, "ready")
-        return WeightChannel(store, node, directory, attempt.run, attempt.number, self.cfg.weights)
+        place = NodeAffinitySchedulingStrategy(node, soft=False) if node else None
+        args = (attempt.run, attempt.number, self.cfg.weights.keep)
+        store = self.spawn(WeightStore, "store", next(self._stores), STORE, args, place)
+        return WeightChannel(
+            store, await self.ask(store, "ready"), directory, attempt.run, attempt.number, self.cfg.weights
+        )
 
     def remove(self, group: Any) -> None:
         self.groups.remove(group)
@@ -151,11 +156,10 @@ class Starter:
         index: int,
         resources: Resources,
         args: tuple[Any, ...],
-        group: Any = None,
-        bundle: int = 0,
+        place: Any = None,
     ) -> Host:
         log = self.attempt.logs / f"{role}-{index}.log"
-        host = spawn(worker, f"{role} {index}", log, resources, args, group, bundle, role, self.activity)
+        host = spawn(worker, f"{role} {index}", log, resources, args, place, role, self.activity)
         self.hosts.append(host)
         return host
 
@@ -245,10 +249,17 @@ class LearnerGang:
         self._budget = Budget(cluster.restarts, cluster.restart_refill_s)
         self._numbers = itertools.count()
         self._following: list[asyncio.Task[Any]] = []
+        self._ranks = 0  # that there were when it was whole
 
     async def start(self, ranks: int) -> None:
         await self._place(ranks, self._starter.cfg.cluster.start_timeout_s)
-        _, self.channel = await asyncio.gather(self._meet(ranks), self._starter.open_channel(self._group))
+        self._ranks = ranks
+        self._spawn(ranks)
+        _, self.channel = await asyncio.gather(self._meet(), self._starter.open_channel(await self._node()))
+
+    async def _node(self) -> str:
+        """Of rank 0, which publishes: the store is there."""
+        return str(await self._starter.ask(self.hosts[0], "ready"))
 
     async def _place(self, ranks: int, timeout_s: float) -> None:
         bundle = reserved(self._starter.cfg.learner.resources) | set_apart("learner")
@@ -256,15 +267,15 @@ class LearnerGang:
         self._starter.groups.append(self._group)
         await answer(self._group.ready(), Call("learner", "placement"), timeout_s)
 
-    async def _meet(self, ranks: int) -> None:
+    def _spawn(self, ranks: int) -> None:
+        args, resources = worker_arguments.of_learner(self._starter.cfg), self._starter.cfg.learner.resources
+        for rank in range(ranks):
+            place, number = PlacementGroupSchedulingStrategy(self._group, rank), next(self._numbers)
+            self.hosts.append(self._starter.spawn(LearnerHost, "learner", number, resources, args, place))
+
+    async def _meet(self) -> None:
         """They are started, and one collective group."""
-        starter, cfg, inputs = self._starter, self._starter.cfg, self._inputs
-        args, resources = worker_arguments.of_learner(cfg), cfg.learner.resources
-        numbers = [next(self._numbers) for _ in range(ranks)]
-        self.hosts = [
-            starter.spawn(LearnerHost, "learner", number, resources, args, self._group, rank)
-            for rank, number in enumerate(numbers)
-        ]
+        starter, cfg, inputs, ranks = self._starter, self._starter.cfg, self._inputs, len(self.hosts)
         endpoint = await starter.ask(self.hosts[0], "endpoint")
         starting = (ranks, endpoint, cfg.cluster.call_timeout_s, inputs.policy, inputs.reward_model, self._text)
         await asyncio.gather(*(starter.ask(host, "start", rank, *starting) for rank, host in enumerate(self.hosts)))
@@ -280,10 +291,10 @@ class LearnerGang:
         found = [error for one in self._following if one.done() and isinstance(error := one.exception(), WorkerLost)]
         return found[0] if found else None
 
-    async def anew(self, error: WorkerError, ranks: int = 0) -> None:
+    async def anew(self, error: WorkerError, ranks: int = 0) -> bool:
         """As many as before where there is room for them, or else fewer, down to `learner.min_workers`."""
         cfg, warn = self._starter.cfg, self._starter.attempt.warn
-        before, spent = len(self.hosts), 0 if ranks else self._budget.take()
+        before, spent = self._ranks, 0 if ranks else self._budget.take()
         if not ranks and not spent:
             raise WorkerError(
                 f"{error}; the {cfg.cluster.restarts} restarts of the learner (cluster.restarts) are used up"
@@ -296,16 +307,18 @@ class LearnerGang:
         )
         for number, size in enumerate(sizes):
             try:
-                await self._again(size)
+                empty = await self._again(size)
                 break
-            except WorkerError:
-                if number + 1 == len(sizes):
-                    raise
+            except WorkerError as failure:
                 await self.end()
+                if number + 1 == len(sizes):
+                    return await self.anew(failure)  # as far as the budget goes
+        self._ranks = size
         if size != before:
             warn(f"the learner goes on with {size} ranks, of {before} before")
+        return empty
 
-    async def _again(self, ranks: int) -> None:
+    async def _again(self, ranks: int) -> bool:
         """In the same place where it has as many bundles; Ray moves them where a node is gone."""
         starter, timeout_s = self._starter, self._starter.cfg.cluster.start_timeout_s
         if self._group is None or len(self._group.bundle_specs) != ranks:
@@ -314,13 +327,23 @@ class LearnerGang:
             await self._place(ranks, timeout_s)
         else:
             await answer(self._group.ready(), Call("learner", "placement"), timeout_s)
-        await self._meet(ranks)
+        self._spawn(ranks)
+        await self._meet()
+        return await self._with_store(await self._node())
+
+    async def _with_store(self, node: str) -> bool:
+        """A store on this node; whether it is another one."""
+        starter, store = self._starter, self.channel.store
         try:
-            await self.channel.store.ask("ready", deadline_s=timeout_s)
+            await store.ask("ready", deadline_s=starter.cfg.cluster.start_timeout_s)
+            if node == self.channel.node:
+                return False
+            await starter.end_one(store)
         except WorkerLost:
-            starter.forget(self.channel.store)
-            fresh = await starter.open_channel(self._group)
-            self.channel.store, self.channel.node = fresh.store, fresh.node
+            starter.forget(store)
+        fresh = await starter.open_channel(node)
+        self.channel.store, self.channel.node = fresh.store, fresh.node
+        return True
 
     async def end(self) -> None:
         """All of them at once."""

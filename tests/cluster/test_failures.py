@@ -265,6 +265,7 @@ def test_the_learner_goes_on_with_fewer_ranks_and_with_more(opening: Opening, ro
         await learner.add(step, own)
         stats = await learner.update(step, Controls(0.02))
         await learner.publish(step + 1)
+        await opening.opened.rooms.generation.receive(step + 1)
         return stats
 
     before = opening.soon(learn(2))
