@@ -32,8 +32,8 @@ from rounds import show, write
 from throughput import Iterations, measure, of_one_length
 from workload import arguments
 
-from rlhf_cluster.cluster.placement import PPOInputs
 from rlhf_cluster.cluster.session import ray_session
+from rlhf_cluster.cluster.starter import PPOInputs
 from rlhf_cluster.config import RunConfig, load
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.inputs import load_inputs

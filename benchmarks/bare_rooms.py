@@ -19,7 +19,7 @@ from workload import endpoint
 
 from rlhf_cluster.cluster import worker_arguments
 from rlhf_cluster.cluster.hosts import environment
-from rlhf_cluster.cluster.placement import PPOInputs
+from rlhf_cluster.cluster.starter import PPOInputs
 from rlhf_cluster.config import Resources, RunConfig
 from rlhf_cluster.generation.worker import GenerationWorker
 from rlhf_cluster.learner.worker import LearnerWorker

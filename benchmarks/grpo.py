@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 from workload import arguments
 
 from rlhf_cluster.cluster.hosts import environment
-from rlhf_cluster.cluster.placement import PPOInputs
 from rlhf_cluster.cluster.session import ray_session
+from rlhf_cluster.cluster.starter import PPOInputs
 from rlhf_cluster.config import Resources, RunConfig, load
 from rlhf_cluster.inputs import load_inputs
 from rlhf_cluster.pipeline import roles_at_once

@@ -41,8 +41,9 @@ from workload import log_of, plain_vllm
 
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.hosts import environment
-from rlhf_cluster.cluster.placement import Attempt, PPOInputs, open_rooms
+from rlhf_cluster.cluster.placement import open_rooms
 from rlhf_cluster.cluster.session import ray_session
+from rlhf_cluster.cluster.starter import Attempt, PPOInputs
 from rlhf_cluster.config import RewardConfig, RewardPart, RunConfig, load
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.inputs import Inputs, load_inputs

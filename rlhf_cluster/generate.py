@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_cluster.cluster.placement import Attempt, open_generation
+from rlhf_cluster.cluster.placement import open_generation
 from rlhf_cluster.cluster.session import ray_session
+from rlhf_cluster.cluster.starter import Attempt
 from rlhf_cluster.config import ConfigError, RunConfig
 from rlhf_cluster.data.batches import heldout_members
 from rlhf_cluster.data.parse import parse_prompt

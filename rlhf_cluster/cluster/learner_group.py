@@ -218,6 +218,7 @@ class LearnerGroup:
             await self._all("keep", str(place))
         except WorkerError as error:
             logging.getLogger(__name__).warning("the state of version %d is not kept: %s", version, error)
+            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
             return
         before, self._kept = self._kept, (place, version)
         self._journal = [entry for entry in self._journal if entry.step >= version]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_cluster import dpo, rm, sft
-from rlhf_cluster.cluster.placement import Attempt
+from rlhf_cluster.cluster.starter import Attempt
 from rlhf_cluster.cluster.train import train_on_ranks
 from rlhf_cluster.config import Resources, RunConfig
 from rlhf_cluster.inputs import Inputs

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rlhf_cluster import ppo, rm
-from rlhf_cluster.cluster.placement import OpenRooms, PPOInputs, open_rooms
+from rlhf_cluster.cluster.placement import OpenRooms, open_rooms
 from rlhf_cluster.cluster.scaling import Scaling
+from rlhf_cluster.cluster.starter import PPOInputs
 from rlhf_cluster.collection import most_frequent, reasons
 from rlhf_cluster.config import RunConfig, roles
 from rlhf_cluster.data.batches import PromptOrder, heldout_members

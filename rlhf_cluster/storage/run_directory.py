@@ -99,7 +99,8 @@ class RunDirectory(RunLayout):
         self.attempt_logs = self.logs / f"attempt-{self.attempt}"
         self._make(self.attempt_logs)
         self.report.unlink(missing_ok=True)
-        shutil.rmtree(self.requests, ignore_errors=True)  # of a driver that is gone
+        for left in (self.requests, *self.logs.glob("attempt-*/state")):  # by a driver that is gone
+            shutil.rmtree(left, ignore_errors=True)
 
     def write_config(self, resolved: str, overrides: Sequence[str]) -> None:
         """Keeps the resolved configuration (YAML text) and the overrides that led to it (`key=value` each)."""

@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 
 from rlhf_cluster import ppo
 from rlhf_cluster.cluster.crew import Crew
+from rlhf_cluster.cluster.learner_gang import start_learner
 from rlhf_cluster.cluster.learner_group import LearnerGroup
-from rlhf_cluster.cluster.placement import Attempt, OpenRooms, PPOInputs, Starter, open_rooms
+from rlhf_cluster.cluster.placement import OpenRooms, open_rooms
 from rlhf_cluster.cluster.sampling import GenerationPool
+from rlhf_cluster.cluster.starter import Attempt, PPOInputs, Starter
 from rlhf_cluster.config import AdvantageConfig, KLConfig, LoRAConfig, RunConfig
 from rlhf_cluster.data.batches import PromptOrder
 from rlhf_cluster.inputs import load_inputs
@@ -77,7 +79,7 @@ class Scene:
         cfg = dataclasses.replace(cfg, weights=dataclasses.replace(cfg.weights, transport=transport))
         starter = Starter(cfg, Attempt(f"test-{name}", 1, self.logs / name))
         try:
-            gang = await starter.start_learner(self.paths)
+            gang = await start_learner(starter, self.paths)
             learner = LearnerGroup(gang, gang.channel, cfg.cluster.call_timeout_s)
             samplers = [host for host in self.opened.hosts if host.name.startswith("generation")]
             generation = GenerationPool(Crew.of(samplers), gang.channel, cfg.cluster.call_timeout_s)

@@ -146,6 +146,24 @@ def test_ctrl_c_in_every_stage_and_the_same_command_goes_on(user: User, tmp_path
 
 
 @pytest.mark.long
+def test_a_killed_driver_takes_its_workers_along_and_the_same_command_goes_on(user: User, tmp_path: Path) -> None:
+    command = (*SMOKE, f"dir={tmp_path / 'run'}", "stages=[ppo]", "reward=random", "ppo.steps=6")
+    with user.starts(*command) as started:
+        started.until("ppo 3/6")
+        started.process.kill()
+        started.end()
+    assert not user.left_behind()
+    checkpoint = Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    assert checkpoint is not None and checkpoint.step >= 2
+    ended = user.types(*command)
+    assert (ended.code, ended.err) == (0, "")
+    assert f"ppo: continues from the checkpoint of iteration {checkpoint.step}" in ended.out
+    steps = [record.step for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record.step]
+    assert sorted(set(steps)) == list(range(1, 7)) and steps.count(3) == 1
+    require_clean(user, tmp_path / "run")
+
+
+@pytest.mark.long
 def test_a_signal_to_the_whole_group_leaves_no_engine_behind(user: User, tmp_path: Path) -> None:
     """A terminal that closes, a batch system's stop: Ray ends before its driver, and vLLM's engine is a child of
     neither."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf_cluster import pipeline
-from rlhf_cluster.cluster.placement import Attempt, Starter
+from rlhf_cluster.cluster.starter import Attempt, Starter
 from rlhf_cluster.config import ConfigError, load
 from rlhf_cluster.evaluation.heldout import HeldOutError
 from rlhf_cluster.inputs import load_inputs
