@@ -289,7 +289,7 @@ class LearnerWorker:
         """Restores what `save` or `keep` wrote below `directory`; the policy is then `version`, and older batches are
         closed."""
         load_state(self._models.engines, Path(directory) / "state", self._models.average)
-        self._version = self._published = version
+        self._version = version
         self._open = {step: batch for step, batch in self._open.items() if step >= version}
         for batch in self._open.values():
             self._begin_again(batch)
