@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from rlhf_cluster.cluster.hosts import Host
-from rlhf_cluster.cluster.waits import WorkerError, WorkerLost
+from rlhf_cluster.cluster.waits import WorkerError, WorkerLost, brief
 
 LONGEST_PAUSE_S = 60.0  # before another try
 
@@ -199,13 +199,15 @@ class Crew:
         if spent := self._budget.take():
             pause = min(self._terms.backoff_s * 2 ** (spent - 1), LONGEST_PAUSE_S)
             most = self._terms.restarts
-            self._terms.warn(f"{error}; another {self.role} worker takes its place (restart {spent} of {most})")
+            self._terms.warn(f"{brief(error)}; another {self.role} worker takes its place (restart {spent} of {most})")
             self._soon(self._hire(pause))
             return
         most, left = self._terms.restarts, len(self.serving) + self._coming
         budget = f"the {most} restarts of its role (cluster.restarts) are used up" if most else "nobody takes its place"
         if left:
-            self._terms.warn(f"{error}; {budget}: the run goes on with {left} {self.role} worker{'s' * (left > 1)}")
+            self._terms.warn(
+                f"{brief(error)}; {budget}: the run goes on with {left} {self.role} worker{'s' * (left > 1)}"
+            )
             if most:
                 self._soon(self._refill())
         else:

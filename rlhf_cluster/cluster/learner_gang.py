@@ -17,7 +17,7 @@ from rlhf_cluster.cluster.hosts import Host, reserved, set_apart
 from rlhf_cluster.cluster.learner_group import Keeping
 from rlhf_cluster.cluster.learner_host import LearnerHost
 from rlhf_cluster.cluster.starter import Attempt, PPOInputs, Starter
-from rlhf_cluster.cluster.waits import Call, WorkerError, WorkerLost, answer
+from rlhf_cluster.cluster.waits import Call, WorkerError, WorkerLost, answer, brief
 from rlhf_cluster.config import RunConfig
 
 LOST_S = 5.0  # within which a worker's death is known here, once others have felt it
@@ -90,7 +90,8 @@ class LearnerGang:
         least = cfg.learner.min_workers or before
         sizes = [ranks] if ranks else [n for n in range(before, least - 1, -1) if not cfg.ppo.minibatch_size % n]
         warn(
-            f"{error}; the learner's ranks begin anew" + (f" (restart {spent} of {cfg.cluster.restarts})" * (spent > 0))
+            f"{brief(error)}; the learner's ranks begin anew"
+            + (f" (restart {spent} of {cfg.cluster.restarts})" * (spent > 0))
         )
         for number, size in enumerate(sizes):
             try:

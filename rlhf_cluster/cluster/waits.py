@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from rlhf_cluster.interrupts import first_cause
 
 LOG_LINES = 12
+LAST_LINES = "; the last lines of "
 ENGINE_DEAD = "EngineDeadError"  # vLLM's; the worker's own process lives
 LOW_ON_MEMORY = re.compile(r"low on memory.*? was ([\d.]+ ?GB) used / ([\d.]+ ?GB)", re.DOTALL)  # in Ray's words
 
@@ -37,8 +38,9 @@ class WorkerSilent(WorkerLost):
 
 
 def brief(error: WorkerError) -> str:
-    """Without the lines of its log."""
-    return str(error).partition("; the last lines of ")[0]
+    """Its log is named, not quoted."""
+    said, _, log = str(error).partition(LAST_LINES)
+    return f"{said} (its log: {log.partition(':')[0]})" if log else said
 
 
 def out_of_memory(error: BaseException) -> str:
@@ -84,7 +86,7 @@ def last_lines(log: Path | None) -> str:
     if log is None or not log.is_file():
         return ""
     lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-    return f"; the last lines of {log}:\n" + "\n".join(f"  {line}" for line in lines)
+    return f"{LAST_LINES}{log}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def get(reference: Any, call: Call, deadline_s: float) -> Any:

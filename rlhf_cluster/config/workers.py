@@ -140,7 +140,7 @@ class LearnerConfig:
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(zero_stage=2))
     resources: Resources = field(default_factory=Resources)
     min_workers: int = not_negative(0)  # ranks that it may go on with where there is no room for all; 0: all
-    keep_state_every: int = not_negative(1)  # iterations between states that ranks begin anew from where one is lost,
+    keep_state_every: int = not_negative(4)  # iterations between states that ranks begin anew from where one is lost,
     # which what came after is done again from; 0: none is kept, and the run ends with a rank
 
 
