@@ -93,7 +93,13 @@ def opening(
     cfg = small(
         *("generation.resources.workers=2", "reward.resources.workers=2", "learner.resources.workers=2"),
         *("ppo.batch_size=64", "ppo.minibatch_size=32", "generation.max_num_seqs=2", "generation.ignore_eos=true"),
-        *("cluster.pulse_s=0.5", "cluster.silence_s=6", "cluster.restart_backoff_s=0.1", "cluster.restarts=20"),
+        *(
+            "cluster.pulse_s=0.5",
+            "cluster.silence_s=6",
+            "cluster.restart_backoff_s=0.1",
+            "cluster.restarts=20",
+            "learner.keep_state_every=1",
+        ),
     )
     said: list[str] = []
     logs = tmp_path_factory.mktemp("logs")
