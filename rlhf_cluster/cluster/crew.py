@@ -156,18 +156,24 @@ class Crew:
     async def _come(self, host: Host) -> None:
         self._coming += 1
         try:
-            await self._hiring.prepare(host)
-            if len(self.serving) < self._wanted:
-                await self.welcome(host)
-            else:
-                await self._hiring.release(host)  # fewer are wanted by now
+            await self._ready(host)
         finally:
             self._coming -= 1
+
+    async def _ready(self, host: Host) -> None:
+        await self._hiring.prepare(host)
+        if len(self.serving) < self._wanted:
+            await self.welcome(host)
+        else:
+            await self._hiring.release(host)  # fewer are wanted by now
 
     async def _join_at_once(self, host: Host) -> None:
         self.join(host)
 
     def join(self, host: Host) -> None:
+        if len(self.serving) >= self._wanted:  # fewer are wanted since it was welcomed
+            self._soon(self._hiring.release(host))
+            return
         self.serving.append(host)
         self.serving.sort(key=_number)
         self._soon(self._follow(host))
@@ -200,7 +206,7 @@ class Crew:
             pause = min(self._terms.backoff_s * 2 ** (spent - 1), LONGEST_PAUSE_S)
             most = self._terms.restarts
             self._terms.warn(f"{brief(error)}; another {self.role} worker takes its place (restart {spent} of {most})")
-            self._soon(self._hire(pause))
+            self._hire_soon(pause)
             return
         most, left = self._terms.restarts, len(self.serving) + self._coming
         budget = f"the {most} restarts of its role (cluster.restarts) are used up" if most else "nobody takes its place"
@@ -215,24 +221,31 @@ class Crew:
             self._tell()
 
     async def _refill(self) -> None:
-        """Where one is missing still once there is a restart again, it is made."""
-        await asyncio.sleep(self._terms.refill_s)
-        if len(self.serving) + self._coming < self._wanted and self._budget.take():
-            await self._hire(0.0)
+        """As long as one is missing, each restart that comes back is made."""
+        while len(self.serving) + self._coming < self._wanted:
+            await asyncio.sleep(self._terms.refill_s)
+            if len(self.serving) + self._coming < self._wanted and self._budget.take():
+                self._hire_soon(0.0)
+
+    def _hire_soon(self, pause_s: float) -> None:
+        self._coming += 1
+        self._soon(self._hire(pause_s))
 
     async def _hire(self, pause_s: float) -> None:
-        self._coming += 1
+        """One of those that are counted as coming."""
+        failure: WorkerError | None = None
         try:
             await asyncio.sleep(pause_s)
+            host = self._hiring.spawn(next(self._numbers))
+            try:
+                await self._ready(host)
+            except WorkerError as error:
+                self._hiring.abandon(host)
+                failure = error
         finally:
             self._coming -= 1
-        host = self._hiring.spawn(next(self._numbers))
-        try:
-            await self._come(host)
-        except WorkerError as error:
-            self._hiring.abandon(host)
-            if len(self.serving) + self._coming < self._wanted:
-                self._replace(error)
+        if failure is not None and len(self.serving) + self._coming < self._wanted:
+            self._replace(failure)
 
     async def scale(self, count: int) -> None:
         """Returns once so many serve, and those that are too many are gone: the youngest first, each when what it has

@@ -69,13 +69,19 @@ class LearnerGang:
         self._following = [asyncio.ensure_future(starter.pulse.follow(host)) for host in self.hosts]
 
     async def follow(self) -> NoReturn:
-        await asyncio.wait(self._following, return_when=asyncio.FIRST_COMPLETED)
-        raise next(error for one in self._following if one.done() and (error := one.exception()))
+        following = self._following
+        if following:
+            await asyncio.wait(following, return_when=asyncio.FIRST_COMPLETED)
+        ended = [one.exception() for one in following if one.done() and not one.cancelled()]
+        raise next(filter(None, ended), WorkerLost("the learner's ranks begin anew"))
 
     async def lost(self) -> WorkerLost | None:
-        """A rank whose peer died says so within moments, and Ray a little later which one it was."""
-        await asyncio.wait(self._following, timeout=LOST_S, return_when=asyncio.FIRST_COMPLETED)
-        found = [error for one in self._following if one.done() and isinstance(error := one.exception(), WorkerLost)]
+        """A rank whose peer died says so within moments; which one it was, its pulse says."""
+        asked = [asyncio.ensure_future(self._starter.pulse.once(host)) for host in self.hosts]
+        answered, silent = await asyncio.wait(asked, timeout=LOST_S) if asked else (set(), set())
+        for one in silent:
+            one.cancel()
+        found = [error for one in answered if isinstance(error := one.exception(), WorkerLost)]
         return found[0] if found else None
 
     async def anew(self, error: WorkerError, ranks: int = 0) -> bool:

@@ -174,6 +174,8 @@ class LearnerGroup:
         if life != self._life or not self._whole.is_set():
             await self._whole.wait()
             return
+        if not self._keeping.every:
+            raise error  # what came before is in no journal
         self._whole.clear()
         self.losses += not ranks
         try:
@@ -208,14 +210,19 @@ class LearnerGroup:
     def _keep_where_due(self, version: int) -> None:
         """Not while an earlier one is being kept: it is soon."""
         every, kept = self._keeping.every, self._kept[1] if self._kept else 0
-        if every and version >= kept + every and (self._keeps is None or self._keeps.done()):
-            self._keeps = asyncio.ensure_future(self._keep(version))
+        own = self._kept is None or self._kept[0].parent == self._keeping.directory  # and no checkpoint, which may go
+        if every and (version >= kept + every or not own) and (self._keeps is None or self._keeps.done()):
+            place = self._keeping.directory / f"version-{version}"
+            # Asked before anything else is: it is the state of this version.
+            asked = asyncio.gather(
+                *(host.ask("keep", str(place), version, deadline_s=self._deadline_s) for host in self._gang.hosts)
+            )
+            self._keeps = asyncio.ensure_future(self._keep(version, place, asked))
 
-    async def _keep(self, version: int) -> None:
+    async def _keep(self, version: int, place: Path, asked: Awaitable[Any]) -> None:
         """The ranks write it while generation has the new weights to begin with; nobody waits for it."""
-        place = self._keeping.directory / f"version-{version}"
         try:
-            await self._all("keep", str(place))
+            await asked
         except WorkerError as error:
             logging.getLogger(__name__).warning("the state of version %d is not kept: %s", version, error)
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)

@@ -221,30 +221,35 @@ class GenerationPool:
         return Delivery(self._channel, snapshot, self._deadline_s, witness)
 
     async def _welcome(self, host: Host) -> None:
-        """It serves once it has the version that the others have, and computes with the same. Raises WorkerLost."""
-        brought = None
+        """It serves once it has the version that the others have, and computes with the same, which is looked at while
+        no other is published. Raises WorkerLost."""
         while True:
-            if (version := self._version) != brought:
-                brought = await self._bring(host, version)
+            version = self._version
+            if version is not None and not await self._bring(host, version):
+                continue
             async with self._joining:
-                if self._version == brought:
+                others = self._crew.serving[:1]
+                alike = version is None or (others and await self._bring(host, version, others[0])) or not others
+                if self._version == version and alike:
                     self._crew.join(host)
                     return
 
-    async def _bring(self, host: Host, version: int | None) -> int | None:
-        """Of a version that is another by now, the store may have nothing left: then it is brought in the next turn."""
+    async def _bring(self, host: Host, version: int, witness: Host | None = None) -> bool:
+        """Whether it has it. Of a version that is another by now, the store may have nothing left."""
         try:
-            delivery = await self._delivery(version or 0, next(iter(self._crew.serving), None))
+            delivery = await self._delivery(version, witness)
         except WorkerLost:
             raise
         except WorkerError:
             if self._version == version:
                 raise
-            return None
+            return False
         await delivery.to([host])
-        for _, error in delivery.lost:
-            raise error
-        return version
+        for lost, error in delivery.lost:
+            if lost is host:
+                raise error
+            self._crew.lost(lost, error)
+        return not delivery.lost
 
 
 def unsampled(members: Members, error: WorkerLost) -> Rollouts:

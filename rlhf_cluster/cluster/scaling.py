@@ -59,7 +59,8 @@ class Scaling:
         for entry in self._cfg.schedule:
             if entry.iteration == number + 1:
                 self._due.put_nowait((scheduled(entry), f"the schedule of iteration {entry.iteration}"))
-        if self._autoscaler is not None:
+        # A role of which nobody works at the moment is not said to be idle.
+        if self._autoscaler is not None and {"idle/learner", "idle/generation"} <= metrics.keys():
             now = self._crews["generation"].wanted
             wanted = self._autoscaler.look(now, metrics["idle/learner"], metrics["idle/generation"])
             if wanted != now:

@@ -281,8 +281,10 @@ class LearnerWorker:
         save_state(models.engines, target / "state", self._ranks, models.average)
         return [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
 
-    def keep(self, directory: str) -> None:
+    def keep(self, directory: str, version: int) -> None:
         """The part of `save` that `load` reads. A collective."""
+        if version != self._version:
+            raise LearnerError(f"the policy is version {self._version}, its state cannot be kept as {version}")
         save_state(self._models.engines, Path(directory) / "state", self._ranks, self._models.average)
 
     def load(self, directory: str, version: int) -> None:

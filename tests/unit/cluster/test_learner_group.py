@@ -44,7 +44,7 @@ class Rank:
                 "add": lambda step, rows, start, stop: ",".join(rows.slice(start, stop).sample_id),
                 "begin": lambda step, ids: str(len(ids)),
                 "load": lambda directory, version: f"{Path(directory).name}@{version}",
-                "keep": lambda directory: Path(directory).name,
+                "keep": lambda directory, version: Path(directory).name,
             }
             told = said[verb](*args) if verb in said else ""
             self.asked.append(f"{verb} {'' if verb in ('load', 'keep') else args[0]} {told}".replace("  ", " ").strip())
