@@ -118,6 +118,20 @@ def test_one_that_cannot_start_is_tried_again_as_far_as_the_budget_goes() -> Non
     scenario(steps())
 
 
+def test_two_that_are_lost_at_once_are_not_the_last_while_one_is_on_its_way() -> None:
+    async def steps() -> None:
+        hall = Hall()
+        crew = hall.crew(restarts=1)
+        await crew.start(2)
+        for name in ("reward 0", "reward 1"):
+            lost(crew, name)
+        crew.require()
+        await until(crew, "reward 2")
+        await crew.close()
+
+    scenario(steps())
+
+
 def test_one_that_hangs_is_lost_without_being_asked_anything() -> None:
     async def steps() -> None:
         hall = Hall()

@@ -246,6 +246,52 @@ def test_where_nothing_is_kept_or_nobody_comes_a_lost_rank_is_the_end(tmp_path: 
     scenario(steps())
 
 
+def test_without_a_journal_no_rank_begins_anew(tmp_path: Path) -> None:
+    """It would begin as it was started, and nobody would know."""
+
+    async def steps() -> None:
+        rank = Rank("learner 0")
+        gang = Ranks([[rank], [Rank("learner 1")]])
+        learner = group(gang, tmp_path, every=0)
+        await learn(learner, 0, [0])
+        rank.fails["update"] = ActorDiedError()
+        with pytest.raises(WorkerLost, match="learner 0 died during `update`"):
+            await learn(learner, 1, [0])
+        assert gang.began == []
+
+    scenario(steps())
+
+
+def test_a_state_is_kept_before_the_next_update_is_asked_for(tmp_path: Path) -> None:
+    """Also where that follows in the same moment: it is the state of its version."""
+
+    async def steps() -> None:
+        rank = Rank("learner 0")
+        learner = group(Ranks([[rank]]), tmp_path)
+        for step in (0, 1):
+            await learner.begin(step, [f"{step}/{i}" for i in range(8)])
+        await learner.update(0, CONTROLS)
+        await learner.publish(1)
+        await learner.update(1, CONTROLS)
+        assert rank.asked[-3:] == ["publish 1", "keep version-1", "update 1"]
+
+    scenario(steps())
+
+
+def test_after_a_checkpoint_is_loaded_a_state_of_its_own_is_kept(tmp_path: Path) -> None:
+    """The checkpoint may go."""
+
+    async def steps() -> None:
+        rank = Rank("learner 0")
+        learner = group(Ranks([[rank]]), tmp_path, every=9)
+        await learner.load(Path("/run/checkpoints/step-5"), 5)
+        await learner.publish(5)
+        await settled()
+        assert rank.asked == ["load step-5@5", "publish 5", "keep version-5"]
+
+    scenario(steps())
+
+
 def test_a_store_that_went_with_a_node_is_filled_again(tmp_path: Path) -> None:
     async def steps() -> None:
         first, second = Rank("learner 0"), Rank("learner 1")

@@ -110,6 +110,14 @@ def test_the_policy_looks_at_who_waited(tmp_path: Path) -> None:
     assert crew.asked == [2]
 
 
+def test_the_policy_waits_while_nobody_works(tmp_path: Path) -> None:
+    """A role all of whose workers are lost at the moment is not said to be idle."""
+    crew = Counted()
+    scaler = made(tmp_path, [], ClusterConfig(autoscale=AutoscaleConfig(most=2)), generation=crew)
+    scaler.iteration(1, {"idle/learner": 0.8})
+    assert crew.asked == []
+
+
 def test_what_a_person_types() -> None:
     assert scaling.parse(["generation=4", "reward=1"]) == {"generation": 4, "reward": 1}
     for word in ("generation", "learners=2", "generation=-1", "generation=two"):
