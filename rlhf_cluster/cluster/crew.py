@@ -115,7 +115,7 @@ class Crew:
         self.losses = 0
         self._budget = Budget(self._terms.restarts, self._terms.refill_s)
         self._numbers = itertools.count()
-        self._wanted = 0
+        self.wanted = 0  # workers that are to serve
         self._coming = 0
         self._failure: WorkerError | None = None
         self._told: list[Callable[[], None]] = []
@@ -126,7 +126,7 @@ class Crew:
     def of(cls, hosts: Sequence[Host]) -> Crew:
         """Workers that serve already, and that nobody replaces."""
         crew = cls(hosts[0].name.rpartition(" ")[0] if hosts else "", Nobody())
-        crew.serving, crew._wanted = list(hosts), len(hosts)
+        crew.serving, crew.wanted = list(hosts), len(hosts)
         return crew
 
     def on_change(self, tell: Callable[[], None]) -> None:
@@ -139,8 +139,9 @@ class Crew:
             raise self._failure
 
     @property
-    def wanted(self) -> int:
-        return self._wanted
+    def _is_short(self) -> bool:
+        """Whether fewer serve and come than are wanted."""
+        return len(self.serving) + self._coming < self.wanted
 
     @property
     def fixed(self) -> bool:
@@ -149,7 +150,7 @@ class Crew:
 
     async def start(self, count: int) -> None:
         """Returns once all of them serve. Raises WorkerError where one cannot."""
-        self._wanted = count
+        self.wanted = count
         hosts = [self._hiring.spawn(next(self._numbers)) for _ in range(count)]
         await asyncio.gather(*map(self._come, hosts))
 
@@ -162,7 +163,7 @@ class Crew:
 
     async def _ready(self, host: Host) -> None:
         await self._hiring.prepare(host)
-        if len(self.serving) < self._wanted:
+        if len(self.serving) < self.wanted:
             await self.welcome(host)
         else:
             await self._hiring.release(host)  # fewer are wanted by now
@@ -171,7 +172,7 @@ class Crew:
         self.join(host)
 
     def join(self, host: Host) -> None:
-        if len(self.serving) >= self._wanted:  # fewer are wanted since it was welcomed
+        if len(self.serving) >= self.wanted:  # fewer are wanted since it was welcomed
             self._soon(self._hiring.release(host))
             return
         self.serving.append(host)
@@ -196,7 +197,7 @@ class Crew:
             self.losses += 1
             self.serving.remove(host)
             self._hiring.abandon(host)
-            if len(self.serving) + self._coming < self._wanted:
+            if self._is_short:
                 self._replace(error)
             self._tell()
 
@@ -222,9 +223,9 @@ class Crew:
 
     async def _refill(self) -> None:
         """As long as one is missing, each restart that comes back is made."""
-        while len(self.serving) + self._coming < self._wanted:
+        while self._is_short:
             await asyncio.sleep(self._terms.refill_s)
-            if len(self.serving) + self._coming < self._wanted and self._budget.take():
+            if self._is_short and self._budget.take():
                 self._hire_soon(0.0)
 
     def _hire_soon(self, pause_s: float) -> None:
@@ -244,13 +245,13 @@ class Crew:
                 failure = error
         finally:
             self._coming -= 1
-        if failure is not None and len(self.serving) + self._coming < self._wanted:
+        if failure is not None and self._is_short:
             self._replace(failure)
 
     async def scale(self, count: int) -> None:
         """Returns once so many serve, and those that are too many are gone: the youngest first, each when what it has
         is done. Raises WorkerError where one cannot come; the others serve."""
-        self._wanted = count
+        self.wanted = count
         missing = count - len(self.serving) - self._coming
         leaving, self.serving = self.serving[count:], self.serving[:count]
         self._tell()
@@ -258,7 +259,7 @@ class Crew:
         found = await asyncio.gather(*map(self._come_or_go, hosts), *map(self._leave, leaving), return_exceptions=True)
         for error in found:
             if isinstance(error, BaseException):
-                self._wanted = len(self.serving) + self._coming
+                self.wanted = len(self.serving) + self._coming
                 raise error
 
     async def _come_or_go(self, host: Host) -> None:

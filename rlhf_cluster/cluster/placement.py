@@ -6,7 +6,6 @@ All workers of a stage start at once; the slowest decides. Leaving ends every on
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -85,6 +84,7 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
     """All rooms of PPO, started side by side."""
     starter, deadline = Starter(cfg, attempt), cfg.cluster.call_timeout_s
     adapter_rank = cfg.learner.lora.rank if cfg.learner.lora.publish == "adapter" else 0
+    group: LearnerGroup | None = None
     try:
         generation = starter.generation_crew(inputs.policy, 0, adapter_rank)
         reward = starter.reward_crew(inputs.policy, inputs.reward_model)
@@ -107,4 +107,5 @@ async def open_rooms(cfg: RunConfig, attempt: Attempt, inputs: PPOInputs) -> Asy
         yield OpenRooms(rooms, group, starter)
     finally:
         await starter.end()
-        shutil.rmtree(attempt.state, ignore_errors=True)
+        if group is not None:  # whose ranks write no more
+            await group.close()

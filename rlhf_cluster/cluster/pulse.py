@@ -61,7 +61,7 @@ class Pulse:
 
 
 def where_it_stands(process: int, node: str) -> str:
-    """The innermost frames of its busiest thread, where it lives on this node; else nothing."""
+    """The innermost frames of its main thread, where it lives on this node; else nothing."""
     if not process or node != ray.get_runtime_context().get_node_id():
         return ""
     command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(process)]

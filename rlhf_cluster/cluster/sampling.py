@@ -229,7 +229,7 @@ class GenerationPool:
                 continue
             async with self._joining:
                 others = self._crew.serving[:1]
-                alike = version is None or (others and await self._bring(host, version, others[0])) or not others
+                alike = version is None or not others or await self._bring(host, version, others[0])
                 if self._version == version and alike:
                     self._crew.join(host)
                     return

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sampled import sampled
 
 from rlhf_cluster.cluster.crew import Crew
 from rlhf_cluster.cluster.delivery import WeightChannel
@@ -64,18 +65,7 @@ class Sampler:
 
 
 async def answered(members: Members) -> Rollouts:
-    count = len(members)
-    return members.extend(
-        Rollouts,
-        {
-            "response_ids": [[1]] * count,
-            "rollout_logprobs": [[-1.0]] * count,
-            "weight_versions": [[0]] * count,
-            "finish_reason": ["stop"] * count,
-            "temperature": [1.0] * count,
-            "incarnation": ["test"] * count,
-        },
-    )
+    return members.extend(Rollouts, sampled(len(members)))
 
 
 def members(prompts: int, samples: int = 1, step: int = 0) -> Members:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
+from sampled import sampled
 
 from rlhf_cluster.cluster.delivery import WeightChannel
 from rlhf_cluster.cluster.hosts import Host
@@ -109,12 +110,7 @@ def rows(step: int, *numbers: int) -> ScoredRollouts:
             "sample_index": [0] * count,
             "sample_id": [f"{step}/{i}" for i in numbers],
             "seed": [0] * count,
-            "response_ids": [[1]] * count,
-            "rollout_logprobs": [[-1.0]] * count,
-            "weight_versions": [[0]] * count,
-            "finish_reason": ["stop"] * count,
-            "temperature": [1.0] * count,
-            "incarnation": ["test"] * count,
+            **sampled(count),
             "score": [0.0] * count,
             "failure": [""] * count,
         }

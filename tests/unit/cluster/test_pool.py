@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
+from sampled import sampled
 
 from rlhf_cluster.cluster.crew import Crew
 from rlhf_cluster.cluster.hosts import Host
@@ -165,11 +166,6 @@ def rollouts(count: int) -> Rollouts:
             "sample_index": [0] * count,
             "sample_id": [f"s{i}" for i in range(count)],
             "seed": [0] * count,
-            "response_ids": [[1]] * count,
-            "rollout_logprobs": [[-1.0]] * count,
-            "weight_versions": [[0]] * count,
-            "finish_reason": ["stop"] * count,
-            "temperature": [1.0] * count,
-            "incarnation": ["test"] * count,
+            **sampled(count),
         }
     )
